@@ -1,0 +1,84 @@
+"""What every benchmark shares: the header that says where it ran, the timer, the table, the JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds of one stage over several calls."""
+
+    stage: str
+    median: float
+    p10: float
+    p90: float
+    calls: int
+
+
+def timed(stage: str, call: Callable[[], Any], *, calls: int = 10, warmup: int = 1) -> Timing:
+    """Median, p10 and p90 of `calls` calls after `warmup` ones that do not count; waits for a GPU to finish."""
+    seconds = []
+    for number in range(warmup + calls):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= warmup:
+            seconds.append(time.perf_counter() - start)
+    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
+    return Timing(stage, float(median), float(p10), float(p90), calls)
+
+
+def machine() -> dict[str, str]:
+    """Processor, accelerator and the versions that matter."""
+    cpu = next(
+        (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {name: _version(name) for name in ("torch", "diffusers", "onnxruntime", "triton", "numpy")}
+    threads = str(torch.get_num_threads())
+    return {"cpu": cpu, "threads": threads, "gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def table(title: str, timings: Sequence[Timing]) -> str:
+    """A Markdown table in milliseconds."""
+    rows = [f"### {title}", "", "| stage | median ms | p10 | p90 | calls |", "|---|---:|---:|---:|---:|"]
+    rows += [
+        f"| {t.stage} | {t.median * 1e3:.1f} | {t.p10 * 1e3:.1f} | {t.p90 * 1e3:.1f} | {t.calls} |" for t in timings
+    ]
+    return "\n".join(rows)
+
+
+def header(what: str) -> str:
+    """What ran where, for the top of a table."""
+    return f"{what}\n" + ", ".join(f"{key} {value}" for key, value in machine().items())
+
+
+def save(path: Path, what: dict[str, Any], results: dict[str, Sequence[Timing]], quality: dict[str, Any]) -> None:
+    """The figures as JSON: what was asked for, the machine, the parity found first, and the timings in seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timings = {engine: [asdict(t) for t in found] for engine, found in results.items()}
+    content = {"what": what, "machine": machine(), "quality": quality, "seconds": timings}
+    path.write_text(json.dumps(content, indent=2) + "\n")

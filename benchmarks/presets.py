@@ -1,0 +1,109 @@
+"""Checkpoints to time: the demo's model, Stable Diffusion 1.5 with random weights, or one that was tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tav_opt import checkpoint, models
+from tav_opt.config import InputError, TrainConfig
+from tav_opt.contract import ClipInfo
+from tav_opt.demo.random_model import write_random_model
+from tav_opt.unet import clip_value_names
+
+DEMO_MODEL = Path(models.__file__).parent / "demo" / "model"
+
+
+def prepare(preset: str, folder: Path, *, frames: int, size: int | None, steps: int) -> Path:
+    """The checkpoint to time, and untuned: the same arithmetic on values that nobody trained.
+
+    preset is `demo` (random weights until the package ships trained ones: as fast), `sd15`, or a checkpoint's folder,
+    which is taken as it is. Raises InputError for anything else.
+    """
+    if preset not in ("demo", "sd15"):
+        if not checkpoint.is_checkpoint(Path(preset)):
+            raise InputError(f"preset {preset!r} is neither demo, sd15, nor a checkpoint's folder")
+        return Path(preset)
+    if preset == "sd15":
+        base = random_sd15(folder / "sd15")
+    else:
+        base = DEMO_MODEL if DEMO_MODEL.is_dir() else write_random_model(folder / "demo")
+    return untuned(base, folder / "checkpoint", frames=frames, size=size, steps=steps)
+
+
+def untuned(base: Path, folder: Path, *, frames: int, size: int | None, steps: int) -> Path:
+    """A checkpoint of `base` whose clip is noise and whose temporal attention is random, so that it counts."""
+    torch.manual_seed(0)
+    unet = models.load_video_unet(base)
+    names = clip_value_names(unet, TrainConfig().trainable)
+    values = {name: value.clone() for name, value in unet.named_parameters() if name in names}
+    for name, value in values.items():
+        if name.endswith("attn_temp.to_out.0.weight"):
+            value.normal_(std=0.02)
+    factor = models.vae_factor(base)
+    size = size or models.native_size(base)
+    models.check_size(size, size, factor)
+    latents = torch.randn(1, unet.config.in_channels, frames, size // factor, size // factor)
+    info = ClipInfo(
+        base=str(base.resolve()),
+        base_hash=checkpoint.base_hash(base),
+        prompt="a moving thing",
+        frames=frames,
+        height=size,
+        width=size,
+        fps=8.0,
+        inversion_steps=steps,
+    )
+    made = checkpoint.Checkpoint(info=info, values=values, source_latents=latents, inverted_latents=latents.flip(-1))
+    checkpoint.save(made, folder, {"untuned": True}, torch.float32)
+    return folder
+
+
+def random_sd15(folder: Path) -> Path:
+    """A directory with Stable Diffusion 1.5's architecture and random weights (4.3 GB on disk)."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    ).save_pretrained(folder / "vae")
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        projection_dim=768,
+        eos_token_id=257,
+        bos_token_id=256,
+        pad_token_id=257,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges, one token a byte: CLIP's own vocabulary is no part of a random model."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)

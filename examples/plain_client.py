@@ -1,0 +1,24 @@
+"""An edit with nothing but tritonclient: python examples/plain_client.py localhost:8001 CLIP "PROMPT" frames.npy"""
+
+import sys
+from queue import Queue
+
+import numpy as np
+import tritonclient.grpc as triton
+
+url, clip, prompt, out = sys.argv[1:]
+answers: Queue = Queue()
+client = triton.InferenceServerClient(url)
+client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+texts = {"clip": clip, "prompt": prompt}
+inputs = [triton.InferInput(name, [1], "BYTES").set_data_from_numpy(np.array([texts[name]], object)) for name in texts]
+client.async_stream_infer("tune_a_video_stream", [*inputs])
+frames = None
+while frames is None:  # progress comes first, then one response with the frames
+    result, error = answers.get()
+    if error:
+        sys.exit(str(error))
+    print(result.as_numpy("stage")[0].decode(), result.as_numpy("step")[0], "of", result.as_numpy("steps")[0])
+    frames = result.as_numpy("frames")  # uint8 (prompts, f, H, W, 3)
+client.stop_stream()
+np.save(out, frames)

@@ -1,0 +1,226 @@
+"""`tav-opt …`: parses, calls, prints; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+
+from tav_opt import command
+from tav_opt.config import ClipConfig, EditConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Prompts = Annotated[UseAppendAction[tuple[str, ...]], arg(name="prompt", help="What to draw; give it once per edit.")]
+Guidance = Annotated[float, arg(name="guidance", help="Classifier-free guidance scale.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Tune a Stable Diffusion model on one clip and one caption; run again after a stop, it goes on where it was."""
+
+    config: Path | None = None
+    """YAML file: one of the reference's. The command line comes before it."""
+    model: str
+    """Stable Diffusion directory or hub id."""
+    prompt: str
+    """What the clip shows."""
+    out: Path = Path("ckpt")
+    """Folder of the checkpoint."""
+    clip: OmitArgPrefixes[ClipConfig]
+    train: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    """Of the frozen weights; what trains is float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(EditConfig):
+    """Edit a tuned clip by a prompt, with eager PyTorch."""
+
+    checkpoint: Positional[Path]
+    """Folder that `tav-opt tune` wrote."""
+    prompts: Prompts = ()
+    guidance_scale: Guidance = EditConfig.guidance_scale
+    out: Path = Path("edit.mp4")
+    """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    base: str | None = None
+    """The base model, where it has moved."""
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(EditConfig):
+    """Edit an exported clip on a running server, over gRPC."""
+
+    clip: str
+    """Name of the exported clip."""
+    url: str = "localhost:8001"
+    """Server's gRPC address."""
+    prompts: Prompts = ()
+    guidance_scale: Guidance = EditConfig.guidance_scale
+    out: Path = Path("edit.mp4")
+    """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+
+
+def tune(arguments: Sequence[str]) -> None:
+    """Tune a model on one clip and one caption."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    path = early.parse_known_args(arguments)[0].config
+    default = _from_yaml(path) if path else tyro.MISSING_NONPROP
+    args = tyro.cli(Tune, prog="tav-opt tune", args=arguments, default=default)
+    import torch
+
+    from tav_opt import tuning, video
+
+    clip = video.read(
+        args.clip.video,
+        start=args.clip.start,
+        stride=args.clip.stride,
+        count=args.clip.frames,
+        uniform=args.clip.uniform,
+        height=args.clip.height,
+        width=args.clip.width,
+        fit=args.clip.fit,
+    )
+    with _bars() as on_progress:
+        tuning.tune(
+            args.model,
+            clip,
+            args.prompt,
+            args.train,
+            args.out,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            source=args.clip,
+            on_step=on_progress,
+        )
+    print(f"checkpoint: {args.out}")
+
+
+def _from_yaml(path: Path) -> Tune:
+    from tav_opt.reference_config import read_reference_config
+
+    found = read_reference_config(path)
+    return Tune(config=path, model=found.model, prompt=found.prompt, out=found.out, clip=found.clip, train=found.train)
+
+
+def edit(arguments: Sequence[str]) -> None:
+    """Edit a tuned clip by prompts, with eager PyTorch."""
+    args = tyro.cli(Edit, prog="tav-opt edit", args=arguments)
+    import torch
+
+    from tav_opt import editing
+    from tav_opt.engines.pytorch import open_checkpoint
+
+    editing.check(args)
+    engine = open_checkpoint(args.checkpoint, device=args.device, dtype=getattr(torch, args.dtype), base=args.base)
+    with _bars() as on_progress:
+        frames = editing.edit(engine, args, on_progress=on_progress)
+    _write(args.out, frames, engine.info.fps)
+
+
+def request(arguments: Sequence[str]) -> int:
+    """Edit an exported clip on a running server, over gRPC."""
+    args = tyro.cli(Request, prog="tav-opt request", args=arguments)
+    from tav_opt.client import Client, ServerError
+
+    try:
+        with Client(args.url) as client, _bars() as on_progress:
+            result = client.edit(args.clip, args, on_progress=on_progress)
+    except ServerError as error:
+        print(f"tav-opt request: {error}", file=sys.stderr)
+        return 1
+    _write(args.out, result.frames, result.fps)
+    return 0
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Start NVIDIA Triton Inference Server on the exported clips."""
+    from tav_opt.serving import server
+
+    return server.serve(tyro.cli(server.ServeConfig, prog="tav-opt serve", args=arguments))
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Export a checkpoint to the server's model repository."""
+    from tav_opt.export.__main__ import main as export_main
+
+    return export_main(arguments)
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Tune, export, serve and edit one clip, then show the result."""
+    from tav_opt.demo import run
+
+    run.run(tyro.cli(run.DemoConfig, prog="tav-opt demo", args=arguments))
+
+
+def _write(out: Path, edits: np.ndarray, fps: float) -> None:
+    from tav_opt import video
+
+    for number, frames in enumerate(edits, start=1):
+        path = out if len(edits) == 1 else out.with_stem(f"{out.stem}-{number}")
+        video.write(path, frames, fps)
+        print(path)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[..., None]]:
+    """One progress bar per stage."""
+    bars: dict[str, tqdm] = {}
+
+    def on_progress(stage: str, step: int, total: int, loss: float | None = None) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, initial=step - 1, desc=stage, unit="step", disable=not sys.stderr.isatty())
+        bars[stage].update(step - bars[stage].n)
+        if loss is not None:
+            bars[stage].set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    try:
+        yield on_progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "demo": demo,
+    "tune": tune,
+    "edit": edit,
+    "export": export,
+    "serve": serve,
+    "request": request,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: tav-opt COMMAND …   (tav-opt COMMAND --help tells more)\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:9}{function.__doc__}")
+        return 0
+    if arguments[0] == "--version":
+        from tav_opt import __version__
+
+        print(f"tav-opt {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"tav-opt: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return command.run(f"tav-opt {arguments[0]}", lambda: COMMANDS[arguments[0]](arguments[1:]))

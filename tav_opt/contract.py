@@ -1,0 +1,167 @@
+"""Names, dtypes and shapes of every served tensor, and what is known of a clip. Declared here, once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from tav_opt.config import EditConfig, InputError
+
+VERSION = 1
+"""Of the exported files and the served tensors; another version is refused."""
+
+STREAM_MODEL = "tune_a_video_stream"
+"""The decoupled model: progress responses, then the frames."""
+
+CLIP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
+
+DType = Literal["STRING", "FP32", "INT32", "INT64", "UINT8", "UINT64", "BOOL"]
+
+
+NUMPY: dict[DType, Any] = {
+    "STRING": np.object_,
+    "FP32": np.float32,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "UINT64": np.uint64,
+    "BOOL": np.bool_,
+}
+"""Strings are UTF-8 bytes in arrays of objects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedTensor:
+    """One input or output of a served model; −1 in its shape is free."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    doc: str
+    optional: bool = False
+
+
+STREAM_INPUTS = (
+    ServedTensor(name="clip", dtype="STRING", shape=(1,), doc="name of an exported clip"),
+    ServedTensor(name="prompt", dtype="STRING", shape=(-1,), doc="what to draw; several prompts give several edits"),
+    ServedTensor(name="negative_prompt", dtype="STRING", shape=(1,), doc="what to stay away from", optional=True),
+    ServedTensor(name="steps", dtype="INT32", shape=(1,), doc="sampling steps", optional=True),
+    ServedTensor(name="guidance_scale", dtype="FP32", shape=(1,), doc="classifier-free guidance", optional=True),
+    ServedTensor(name="eta", dtype="FP32", shape=(1,), doc="0: deterministic, 1: as DDPM", optional=True),
+    ServedTensor(name="seed", dtype="UINT64", shape=(1,), doc="of the noise of eta and of no inversion", optional=True),
+    ServedTensor(name="inversion", dtype="BOOL", shape=(1,), doc="start from the inverted source", optional=True),
+    ServedTensor(
+        name="inversion_steps", dtype="INT32", shape=(1,), doc="absent: those kept with the clip", optional=True
+    ),
+)
+"""The names, but for `clip` and `prompt`, are those of EditConfig, and so are the defaults of what is absent."""
+STREAM_OUTPUTS = (
+    ServedTensor(name="stage", dtype="STRING", shape=(1,), doc="invert, sample or done"),
+    ServedTensor(name="step", dtype="INT32", shape=(1,), doc="steps done in this stage"),
+    ServedTensor(name="steps", dtype="INT32", shape=(1,), doc="steps of this stage"),
+    ServedTensor(
+        name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB; empty until done"
+    ),
+    ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
+)
+
+MAX_PROMPTS = 8
+MAX_TEXT_BYTES = 4096
+"""Of one text; the tokenizer's own limit, some 77 tokens, is far below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipInfo:
+    """What is known of a tuned clip beside its tensors: kept in a checkpoint and in an exported clip."""
+
+    base: str
+    """Path or hub id of the image model."""
+    base_hash: str
+    prompt: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    inversion_steps: int
+    version: int = VERSION
+
+    @property
+    def exported_base(self) -> str:
+        """The folder of the graphs that serve this clip, and every other one of its base and size."""
+        return f"{self.base_hash[:16]}-{self.frames}x{self.height}x{self.width}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ClipInfo:
+        """Raises InputError for another version or missing entries."""
+        if value.get("version") != VERSION:
+            raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
+        if missing := [f.name for f in fields(cls) if f.name not in value]:
+            raise InputError(f"clip: its description lacks {', '.join(missing)}")
+        return cls(**{f.name: value[f.name] for f in fields(cls)})
+
+
+def check_clip_name(name: str) -> str:
+    """The name itself; raises InputError unless it is 1…63 of a-z 0-9 _ - and starts with a letter or digit."""
+    if not CLIP_NAME.match(name):
+        raise InputError(f"clip name {name!r} is not 1…63 lower-case letters, digits, '_' or '-'")
+    return name
+
+
+def to_tensors(clip: str, config: EditConfig) -> dict[str, np.ndarray]:
+    """A request as the tensors of STREAM_INPUTS."""
+    values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts)}
+    values |= {t.name: getattr(config, t.name) for t in STREAM_INPUTS if t.name not in values}
+    return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
+
+
+def _to_tensor(tensor: ServedTensor, value: Any) -> np.ndarray:
+    values = value if isinstance(value, list) else [value]
+    if tensor.dtype == "STRING":
+        return np.array([text.encode() for text in values], dtype=np.object_)
+    try:
+        return np.array(values, dtype=NUMPY[tensor.dtype])
+    except OverflowError:
+        raise InputError(f"{tensor.name} {value} does not fit {tensor.dtype}") from None
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[str, EditConfig]:
+    """The clip's name and the settings that a request's tensors stand for: the inverse of `to_tensors`.
+
+    Raises InputError for tensors that are missing, unknown, of another dtype or shape, or are not text. Whether the
+    values make sense is for `editing.check` to say.
+    """
+    known = {t.name: t for t in STREAM_INPUTS}
+    if unknown := sorted(set(tensors) - set(known)):
+        raise InputError(f"input {unknown[0]!r} is unknown; there are {', '.join(known)}")
+    if missing := [t.name for t in STREAM_INPUTS if not t.optional and t.name not in tensors]:
+        raise InputError(f"input {missing[0]!r} is missing")
+    values = {name: _from_tensor(known[name], tensor) for name, tensor in tensors.items()}
+    prompts = values.pop("prompt")
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InputError(f"{len(prompts)} prompts: 1…{MAX_PROMPTS} make a request")
+    clip = values.pop("clip")[0]
+    return clip, EditConfig(prompts=tuple(prompts), **{name: value[0] for name, value in values.items()})
+
+
+def _from_tensor(tensor: ServedTensor, array: np.ndarray) -> list[Any]:
+    if array.dtype != NUMPY[tensor.dtype]:
+        raise InputError(f"input {tensor.name} is {array.dtype}, not {tensor.dtype}")
+    if array.ndim != 1 or (tensor.shape != (-1,) and array.shape != tensor.shape):
+        raise InputError(f"input {tensor.name} has shape {list(array.shape)}, not {list(tensor.shape)}")
+    return [_text(tensor.name, item) for item in array] if tensor.dtype == "STRING" else array.tolist()
+
+
+def _text(name: str, value: bytes) -> str:
+    if len(value) > MAX_TEXT_BYTES:
+        raise InputError(f"input {name} has {len(value)} bytes, {MAX_TEXT_BYTES} at most")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"input {name} is not UTF-8: {error}") from None

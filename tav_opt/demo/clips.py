@@ -1,0 +1,98 @@
+"""The demo's clips: animated subjects that cross a place of the world, as MP4 with captions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from tav_opt.demo import subjects, world
+from tav_opt.demo.places import background
+from tav_opt.files import whole, write_json
+
+FRAMES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """How a subject crosses the picture."""
+
+    name: str
+    subject: str
+    place: str
+    scale: float
+    """Longest side of the subject as a part of the picture's."""
+    path: tuple[float, float]
+    """Where the subject's middle is at the start and at the end, as a part of the width."""
+    hops: int = 0
+    """Arcs on the way."""
+    mirror: bool = False
+
+    @property
+    def caption(self) -> str:
+        """The prompt that the clip is tuned with."""
+        return world.prompt(world.Scene(subject=self.subject, place=self.place))
+
+
+CLIPS = (
+    Crossing(name="leopard", subject="leopard", place="beach", scale=0.62, path=(0.32, 0.68), mirror=True),
+    Crossing(name="rabbit", subject="rabbit", place="snow", scale=0.6, path=(0.3, 0.7), hops=3, mirror=True),
+    Crossing(name="racing-car", subject="racing car", place="city", scale=0.62, path=(0.7, 0.3)),
+    Crossing(name="chick", subject="chick", place="meadow", scale=0.6, path=(0.68, 0.32), hops=4),
+)
+
+
+def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 (f, H, W, 3) of a subject before a place that stays, and its middle (f, 2) in pixels, x and y.
+
+    The sprites are frames of one animation, all of one size.
+    """
+    scenery = background(crossing.place, np.random.default_rng(seed), world.SIZE)
+    left, top, right, bottom = _visible(sprites)
+    frames, track = [], []
+    for index in range(FRAMES):
+        part = index / (FRAMES - 1)
+        sprite = sprites[index * len(sprites) // FRAMES].crop((left, top, right, bottom))
+        sprite = world.fit(ImageOps.mirror(sprite) if crossing.mirror else sprite, crossing.scale * world.SIZE)
+        middle = (crossing.path[0] + (crossing.path[1] - crossing.path[0]) * part) * world.SIZE
+        lift = 0.1 * world.SIZE * abs(np.sin(np.pi * crossing.hops * part))
+        x, y = round(middle - sprite.width / 2), round(0.92 * world.SIZE - sprite.height - lift)
+        frames.append(np.asarray(world.paste(scenery, sprite, x, y)))
+        track.append((x + sprite.width / 2, y + sprite.height / 2))
+    return np.stack(frames), np.array(track)
+
+
+def _visible(sprites: list[Image.Image]) -> tuple[int, int, int, int]:
+    """The box of what is visible in any of the sprites."""
+    opaque = np.any([np.asarray(sprite.getchannel("A")) > 16 for sprite in sprites], axis=0)
+    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Frames uint8 (f, H, W, 3) as H.264, near to lossless."""
+    with whole(path) as temporary, av.open(str(temporary), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "slow"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_clips(folder: Path, cache: Path = subjects.CACHE) -> None:
+    """Writes every clip as MP4, and `clips.json` with captions, frames per second and tracks."""
+    entries = []
+    for crossing in CLIPS:
+        sprites, rate = subjects.animation((subjects.JUDGED | subjects.FURTHER)[crossing.subject], cache)
+        fps = max(1, round(rate * FRAMES / len(sprites)))
+        frames, track = animate(crossing, sprites)
+        write_mp4(folder / f"{crossing.name}.mp4", frames, fps)
+        entries.append(
+            {"file": f"{crossing.name}.mp4", "caption": crossing.caption, "frames": FRAMES, "fps": fps}
+            | asdict(crossing)
+            | {"track": track.tolist()}
+        )
+    write_json(folder / "clips.json", entries)

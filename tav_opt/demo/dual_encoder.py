@@ -1,0 +1,122 @@
+"""The demo's dual encoder of pictures and captions: a small CLIP, its training stage, and classification with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
+
+from tav_opt.demo import world
+from tav_opt.demo.places import PLACES
+from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
+from tav_opt.demo.training import grid, to_unit
+
+BATCH = 64
+PARTS = ("subject", "place", "style")
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIP for 64×64 pictures and the world's captions."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=world.SIZE,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    return CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision, projection_dim=WIDTH))
+
+
+def phrase(scene: world.Scene, parts: Sequence[str]) -> str:
+    """A caption that names only some parts of a scene."""
+    words = [world.subject_phrase(scene.subject)] if "subject" in parts else []
+    words += [PLACES[scene.place][0]] if "place" in parts else []
+    text = " ".join(words)
+    style = world.STYLES[scene.style][0] if "style" in parts else ""
+    return f"{text}, {style}" if text and style else text or style
+
+
+class DualEncoderStage:
+    """Contrast of pictures and captions; a caption fits every picture that has the parts it names."""
+
+    name = "dual-encoder"
+    lr = 1e-3
+
+    def __init__(self, sprites: Mapping[str, Sequence[Image.Image]], *, test: int = 200) -> None:
+        self.subjects, self.sprites = list(sprites), sprites
+        self.tokenizer = new_tokenizer(self.subjects)
+        self.clip = new_clip(self.tokenizer)
+        self.modules = nn.ModuleDict({"clip": self.clip})
+        self.test_scenes, self.test = self._pictures(np.random.default_rng(3), test, kept_out=True)
+
+    def _pictures(
+        self, rng: np.random.Generator, count: int, *, kept_out: bool
+    ) -> tuple[list[world.Scene], np.ndarray]:
+        scenes = [world.draw_scene(rng, self.subjects, kept_out=kept_out) for _ in range(count)]
+        return scenes, np.stack([world.compose(scene, self.sprites, rng) for scene in scenes])
+
+    def loss(self, rng: np.random.Generator) -> Tensor:
+        """Cross-entropy both ways against all fitting pairs."""
+        scenes, images = self._pictures(rng, BATCH, kept_out=False)
+        named = [[part for part in PARTS if rng.random() < 0.6] or ["subject"] for _ in scenes]
+        captions = [phrase(scene, parts) for scene, parts in zip(scenes, named, strict=True)]
+        fits = torch.tensor(
+            [[_fits(image, scene, parts) for image in scenes] for scene, parts in zip(scenes, named, strict=True)]
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures, texts = self._embed_images(to_unit(images)), self.embed_texts(captions)
+        logits = self.clip.logit_scale.exp() * texts.float() @ pictures.float().T  # captions × pictures
+        return (_soft_cross_entropy(logits, fits) + _soft_cross_entropy(logits.T, fits.T)) / 2
+
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        return functional.normalize(self.clip.visual_projection(self.clip.vision_model(pixels)[1]), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Captions → unit vectors (captions, width)."""
+        options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+        ids = self.tokenizer(list(texts), **options).input_ids
+        return functional.normalize(self.clip.text_projection(self.clip.text_model(ids)[1]), dim=-1)
+
+    @torch.no_grad()
+    def classify(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """For each uint8 picture (n, H, W, 3) the position of the text nearest to it."""
+        return (self._embed_images(to_unit(images)) @ self.embed_texts(texts).T).argmax(1).numpy()
+
+    def accuracies(self) -> dict[str, float]:
+        """Part of the held-out pictures whose subject, place and style are recognised."""
+        places, styles = list(PLACES), list(world.STYLES)[1:]
+        styled = [i for i, scene in enumerate(self.test_scenes) if scene.style != "plain"]
+        subject = self.classify(self.test, [world.subject_phrase(name) for name in self.subjects])
+        place = self.classify(self.test, [PLACES[name][0] for name in places])
+        style = self.classify(self.test[styled], [world.STYLES[name][0] for name in styles])
+        return {
+            "subject": _share(self.subjects[i] == s.subject for i, s in zip(subject, self.test_scenes, strict=True)),
+            "place": _share(places[i] == s.place for i, s in zip(place, self.test_scenes, strict=True)),
+            "style": _share(styles[i] == self.test_scenes[j].style for i, j in zip(style, styled, strict=True)),
+        }
+
+    def sheet(self) -> np.ndarray:
+        """The held-out pictures that are tested on; prints how many are recognised."""
+        print(f"recognised on held-out pictures: {self.accuracies()}", flush=True)
+        return grid(self.test[:12], 12)
+
+
+def _fits(image: world.Scene, scene: world.Scene, parts: Sequence[str]) -> bool:
+    named = [part for part in parts if part != "style" or scene.style != "plain"]
+    return all(getattr(image, part) == getattr(scene, part) for part in named)
+
+
+def _soft_cross_entropy(logits: Tensor, fits: Tensor) -> Tensor:
+    target = fits / fits.sum(1, keepdim=True)
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def _share(right: Iterable[bool]) -> float:
+    return float(np.mean(list(right)))

@@ -1,0 +1,172 @@
+"""`tav-opt demo`: one clip tuned, exported, served by Triton and edited over gRPC, with pictures of the result."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tav_opt import editing, models, sheet, tuning, video
+from tav_opt.client import Client
+from tav_opt.config import EditConfig, InputError, TrainConfig
+from tav_opt.demo.random_model import write_random_model
+from tav_opt.engines.onnxruntime import open_clip
+from tav_opt.export.repository import export
+from tav_opt.files import read_json
+from tav_opt.serving.server import ServeConfig, Server
+
+DEMO = Path(__file__).parent
+CLIP_NAME = "demo"
+EDITS = ("a tiger on the beach", "a leopard in the snow")
+"""Of the package's first clip, a leopard on the beach: another subject, another place."""
+
+Editor = Callable[[EditConfig], np.ndarray]
+"""Edits the exported clip → uint8 (prompts, f, H, W, 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Tune, export, serve and edit one clip, then show source and edits side by side."""
+
+    video: Path | None = None
+    """Your own clip; default: one of the package's."""
+    prompt: str | None = None
+    """What the clip shows."""
+    edit: tuple[str, ...] = ()
+    """Prompts of the edits."""
+    model: str | None = None
+    """Stable Diffusion directory or hub id; default: the package's small model."""
+    out: Path = Path("demo-out")
+    frames: int = 24
+    size: int | None = None
+    """Pixels of a side; default: the model's own."""
+    steps: int = 150
+    """Tuning steps."""
+    ddim_steps: int = 50
+    guidance: float = 7.5
+    in_process: bool = False
+    """Run the exported model in this process instead of the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    video: Path
+    prompt: str
+    edits: tuple[str, ...]
+
+
+def run(config: DemoConfig) -> None:
+    """Does it all and prints where the results are; raises InputError for settings that cannot work."""
+    subject = _subject(config)
+    if config.out.exists() and not (config.out / ".demo").exists() and any(config.out.iterdir()):
+        raise InputError(f"{config.out} holds other files; choose another --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / ".demo").touch()
+    shutil.rmtree(
+        config.out / "ckpt", ignore_errors=True
+    )  # the exported base stays: the next demo need not wait for it
+    model = _model(config)
+    clip = _read(config, subject, model)
+    seconds: dict[str, float] = {}
+    with _timed("tune", seconds):
+        _tune(config, clip, subject, model)
+    with _timed("export", seconds):
+        export(config.out / "ckpt", config.out / "model_repository", name=CLIP_NAME)
+    edits = []
+    with _editor(config, seconds) as edit:
+        for number, prompt in enumerate(subject.edits, start=1):
+            with _timed(f"edit {number}", seconds):
+                edits.append(edit(_edit_config(config, prompt))[0])
+    _show(config.out, [clip.frames, *edits], [subject.prompt, *subject.edits], clip.fps)
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+
+
+def _model(config: DemoConfig) -> str:
+    if config.model is not None:
+        return config.model
+    if (DEMO / "model").is_dir():
+        print("model: the package's own small one; for real pictures give --model and a Stable Diffusion")
+        return str(DEMO / "model")
+    print("model: a RANDOM one made on the spot: the path is the real one, the pictures are noise")
+    return str(write_random_model(config.out / "random-model"))
+
+
+def _subject(config: DemoConfig) -> _Subject:
+    if config.video is None:
+        if config.prompt is not None:
+            raise InputError(f"prompt {config.prompt!r} is given without --video")
+        first = read_json(DEMO / "clips" / "clips.json")[0]
+        return _Subject(video=DEMO / "clips" / first["file"], prompt=first["caption"], edits=config.edit or EDITS)
+    if config.prompt is None or not config.edit:
+        raise InputError(f"--video {config.video} needs --prompt (what it shows) and --edit (what it shall show)")
+    return _Subject(video=config.video, prompt=config.prompt, edits=config.edit)
+
+
+def _read(config: DemoConfig, subject: _Subject, model: str) -> video.Clip:
+    editing.check(_edit_config(config, *subject.edits))
+    size = config.size or models.native_size(model)
+    clip = video.read(subject.video, count=config.frames, uniform=True, height=size, width=size)
+    return replace(clip, fps=min(clip.fps, 12.0))
+
+
+def _edit_config(config: DemoConfig, *prompts: str) -> EditConfig:
+    return EditConfig(
+        prompts=prompts, steps=config.ddim_steps, inversion_steps=config.ddim_steps, guidance_scale=config.guidance
+    )
+
+
+def _tune(config: DemoConfig, clip: video.Clip, subject: _Subject, model: str) -> None:
+    train = TrainConfig(steps=config.steps, inversion_steps=config.ddim_steps)
+    tuning.tune(model, clip, subject.prompt, train, config.out / "ckpt", on_step=_bar())
+
+
+@contextmanager
+def _editor(config: DemoConfig, seconds: dict[str, float]) -> Iterator[Editor]:
+    """The real server and a client of it; or the same engine in this process."""
+    repository = config.out / "model_repository"
+    if config.in_process:
+        engine = open_clip(repository, CLIP_NAME)
+        yield lambda edit: editing.edit(engine, edit, on_progress=_bar())
+        return
+    with ExitStack() as stack:
+        with _timed("start of the server", seconds):
+            free = ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)
+            server = stack.enter_context(Server(free))
+        client = stack.enter_context(Client(server.grpc_url))
+        yield lambda edit: client.edit(CLIP_NAME, edit, on_progress=_bar()).frames
+
+
+def _bar() -> Callable[..., None]:
+    bar = tqdm(unit="step", leave=False, disable=None)
+
+    def on_progress(stage: str, step: int, total: int, *_: float) -> None:
+        bar.set_description(stage)
+        bar.total = total
+        bar.update(step - bar.n)
+
+    return on_progress
+
+
+def _show(out: Path, clips: list[np.ndarray], captions: list[str], fps: float) -> None:
+    """Source and edits as MP4 and GIF side by side, and as a contact sheet."""
+    together = sheet.side_by_side(clips, captions)
+    video.write(out / "side-by-side.mp4", together, fps)
+    video.write(out / "side-by-side.gif", together, fps)
+    Image.fromarray(sheet.contact_sheet(clips, captions)).save(out / "contact-sheet.png")
+    for name in ("side-by-side.mp4", "side-by-side.gif", "contact-sheet.png"):
+        print(out / name)
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"{name} …", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

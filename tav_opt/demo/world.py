@@ -1,0 +1,168 @@
+"""The demo's world: a subject in a place in a style, as a picture and as a caption; some combinations are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from tav_opt.demo.places import PLACES, background
+
+SIZE = 64
+"""Pixels of a side."""
+SCALES = (0.58, 0.9)
+"""Longest side of the subject as a part of the picture's."""
+ROTATION = 8.0
+"""Degrees to either side."""
+STYLES: dict[str, tuple[str, ...]] = {
+    "plain": ("",),
+    "sketch": ("pencil sketch", "as a pencil sketch"),
+    "pixel": ("pixel art", "as pixel art"),
+    "watercolour": ("watercolour painting", "as a watercolour"),
+    "grey": ("black and white", "in black and white"),
+}
+"""Each style with the phrases that captions use for it, the usual one first."""
+PLAIN_STYLE_SHARE = 0.6
+"""Part of the pictures without a style: subjects are learned from these first."""
+EMPTY_SHARE = 0.1
+"""Part of the captions that are empty, for guidance."""
+DROP_SHARE = 0.1
+"""Part of the captions without the place, or without the style."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a picture shows."""
+
+    subject: str
+    place: str
+    style: str = "plain"
+
+
+def held_out(scene: Scene, subjects: Sequence[str]) -> bool:
+    """Whether a combination is kept from training: a tenth of them, by a rule over the parts' positions."""
+    position = subjects.index(scene.subject) + 3 * list(PLACES).index(scene.place) + 7 * list(STYLES).index(scene.style)
+    return position % 10 == 0
+
+
+def draw_scene(rng: np.random.Generator, subjects: Sequence[str], *, kept_out: bool = False) -> Scene:
+    """A random combination: one that may be trained on, or with `kept_out` one that may not."""
+    while True:
+        plain = rng.random() < PLAIN_STYLE_SHARE
+        scene = Scene(
+            subject=str(rng.choice(subjects)),
+            place=str(rng.choice(list(PLACES))),
+            style="plain" if plain else str(rng.choice(list(STYLES)[1:])),
+        )
+        if held_out(scene, subjects) == kept_out:
+            return scene
+
+
+def prompt(scene: Scene) -> str:
+    """The usual caption of a scene, with all its parts."""
+    style = STYLES[scene.style][0]
+    return f"{subject_phrase(scene.subject)} {PLACES[scene.place][0]}" + (f", {style}" if style else "")
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption as training uses it: phrases vary, parts are dropped, and a tenth is empty."""
+    if rng.random() < EMPTY_SHARE:
+        return ""
+    words = subject_phrase(scene.subject) if rng.random() < 0.8 else f"the {scene.subject}"
+    if rng.random() > DROP_SHARE:
+        words += f" {rng.choice(PLACES[scene.place])}"
+    style = str(rng.choice(STYLES[scene.style]))
+    return f"{words}, {style}" if style and rng.random() > DROP_SHARE else words
+
+
+def subject_phrase(subject: str) -> str:
+    """The subject with its article."""
+    return f"{'an' if subject[0] in 'aeiou' else 'a'} {subject}"
+
+
+def compose(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator) -> np.ndarray:
+    """A picture of the scene, uint8 (SIZE, SIZE, 3): the subject scaled, mirrored, turned and placed at random."""
+    pictures = sprites[scene.subject]
+    # The still is the subject as the caption means it; poses of an animation follow it.
+    pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
+    sprite = fit(pictures[pose], rng.uniform(*SCALES) * SIZE)
+    if rng.random() < 0.5:
+        sprite = ImageOps.mirror(sprite)
+    sprite = sprite.rotate(rng.uniform(-ROTATION, ROTATION), Image.Resampling.BICUBIC, expand=True)
+    room = np.maximum(0, SIZE - np.array(sprite.size))
+    x = (SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
+    y = (SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
+    picture = paste(background(scene.place, rng, SIZE), sprite, round(x), round(y))
+    return apply_style(picture, scene.style)
+
+
+def fit(sprite: Image.Image, longest: float) -> Image.Image:
+    """The sprite scaled so that its longest side has so many pixels."""
+    factor = longest / max(sprite.size)
+    size = tuple(max(1, round(side * factor)) for side in sprite.size)
+    return sprite.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)  # type: ignore[arg-type]
+
+
+def paste(picture: Image.Image, sprite: Image.Image, x: int, y: int) -> Image.Image:
+    """The sprite over the picture at (x, y), with a soft shadow under its feet."""
+    width, height = sprite.size
+    shadow = Image.new("L", picture.size)
+    foot = y + height
+    flat = max(2, height // 10)
+    shadow.paste(90, (x + width // 8, foot - flat, x + width - width // 8, foot + flat // 2))
+    shadow = shadow.filter(ImageFilter.GaussianBlur(2))
+    shaded = Image.composite(Image.new("RGB", picture.size, (20, 20, 30)), picture, shadow)
+    shaded.paste(sprite, (x, y), sprite)
+    return shaded
+
+
+def apply_style(picture: Image.Image, style: str) -> np.ndarray:
+    """The picture in a style, as uint8 (H, W, 3)."""
+    return _STYLE[style](np.asarray(picture))
+
+
+def _plain(image: np.ndarray) -> np.ndarray:
+    return image
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    grey = ImageOps.autocontrast(Image.fromarray(image).convert("L"), cutoff=1)
+    return np.asarray(grey.convert("RGB"))
+
+
+def _sketch(image: np.ndarray) -> np.ndarray:
+    """Dodge blend of the grey picture with its blurred negative: dark lines on paper."""
+    grey = Image.fromarray(image).convert("L")
+    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(2.5)), np.float32)
+    lines = np.clip(np.asarray(grey, np.float32) / np.maximum(blurred, 1), 0, 1) ** 2
+    shade = 0.82 + 0.18 * np.asarray(grey, np.float32) / 255
+    paper = np.array((250, 248, 240), np.float32)
+    return ((lines * shade)[..., None] * paper).astype(np.uint8)
+
+
+def _pixel(image: np.ndarray) -> np.ndarray:
+    """Blocks of two pixels in five levels a channel."""
+    height, width, _ = image.shape
+    small = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BOX)
+    levels = np.round(np.asarray(small, np.float32) / 63.75) * 63.75
+    return levels.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+
+
+def _watercolour(image: np.ndarray) -> np.ndarray:
+    """Flat patches that run into each other, pale on white paper."""
+    patches = Image.fromarray(image).filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(0.7))
+    pale = 255 - (255 - np.asarray(patches, np.float32)) * 0.62
+    y, x = np.mgrid[-1 : 1 : image.shape[0] * 1j, -1 : 1 : image.shape[1] * 1j]
+    paper = np.clip((np.maximum(abs(x), abs(y)) - 0.86) / 0.14, 0, 1)[..., None]
+    return (pale * (1 - paper) + 255 * paper).astype(np.uint8)
+
+
+_STYLE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "plain": _plain,
+    "sketch": _sketch,
+    "pixel": _pixel,
+    "watercolour": _watercolour,
+    "grey": _grey,
+}

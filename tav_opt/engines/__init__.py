@@ -1,0 +1,43 @@
+"""The same parts of a pipeline over PyTorch, ONNX Runtime or TensorRT: what editing, serving and benchmarks drive."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from tav_opt.contract import ClipInfo
+from tav_opt.ddim import Schedule
+
+
+class Engine(Protocol):
+    """One clip, ready to be edited."""
+
+    @property
+    def info(self) -> ClipInfo:
+        """What is known of the clip."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the base model."""
+
+    @property
+    def source_latents(self) -> Tensor:
+        """(1, c, f, h, w), scaled."""
+
+    @property
+    def inverted_latents(self) -> Tensor:
+        """(1, c, f, h, w): of the source, in `info.inversion_steps` steps."""
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""
+
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        """uint8 (f, H, W, 3) → scaled latents (1, c, f, h, w)."""
+
+    def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
+        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w)."""
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3)."""

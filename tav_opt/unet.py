@@ -1,0 +1,152 @@
+"""Inflation: an unmodified image UNet of diffusers becomes a video UNet (paper section 3.2).
+
+No module is told the number of frames as context: each derives it from the shapes it is given, frames in the batch
+over clips in the text or in the time embedding. That survives gradient checkpointing, tracing and a dynamic batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from tav_opt.attention import VideoTransformerBlock
+from tav_opt.config import InputError
+
+# Configurations that put more than text and time into the UNet, or other blocks than Stable Diffusion 1.x and 2.x have.
+_UNSUPPORTED = {
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "encoder_hid_dim": None,
+    "num_class_embeds": None,
+    "time_cond_proj_dim": None,
+    "resnet_time_scale_shift": "default",
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": None,
+    "attention_type": "default",
+}
+
+
+class ClipGroupNorm(nn.GroupNorm):
+    """GroupNorm with statistics pooled over all frames of a clip, as the reference's norms over (c f h w) are."""
+
+    frames: int = 1
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.GroupNorm's own name)
+        return self.over(input, self.frames)
+
+    def over(self, x: Tensor, frames: int) -> Tensor:
+        """x (b f) c h w → the same shape."""
+        bf, c, h, w = x.shape
+        y = super().forward(x.reshape(-1, frames, c, h * w).transpose(1, 2))  # b c f (h w)
+        return y.transpose(1, 2).reshape(bf, c, h, w)
+
+
+class VideoResnetBlock(ResnetBlock2D):
+    """A resnet of Stable Diffusion (no resampling, additive time embedding) over the frames of clips."""
+
+    norm1: ClipGroupNorm
+    norm2: ClipGroupNorm
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
+        """input_tensor (b f) c h w, temb (b, d) one row a clip → (b f) c' h w."""
+        frames = input_tensor.shape[0] // temb.shape[0]
+        x = self.conv1(self.nonlinearity(self.norm1.over(input_tensor, frames)))
+        time = self.time_emb_proj(self.nonlinearity(temb)).repeat_interleave(frames, 0)  # (b f) c'
+        x = self.norm2.over(x + time[:, :, None, None], frames)
+        x = self.conv2(self.dropout(self.nonlinearity(x)))
+        residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return (residual + x) / self.output_scale_factor
+
+
+class VideoUpsample(Upsample2D):
+    """Nearest-neighbour upsampling and a convolution, whatever the batch.
+
+    diffusers looks at the size of the batch here, for a kernel that large ones once broke; an exported graph would hold
+    for batches on one side of that size only.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *_: Any, **__: Any) -> Tensor:
+        """hidden_states (b f) c h w → (b f) c 2h 2w, or c of `output_size`."""
+        scale = 2.0 if output_size is None else None
+        return self.conv(F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest"))
+
+
+class VideoUNet(UNet2DConditionModel):
+    """The inflated UNet: predicts the noise (or v) of clips."""
+
+    def get_time_embed(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """One row a clip, though the sample's batch is frames."""
+        return super().get_time_embed(sample[: timestep.shape[0]], timestep)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w)."""
+        b, c, f, h, w = latents.shape
+        self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
+        x = latents.transpose(1, 2).reshape(b * f, c, h, w)
+        noise = super().forward(x, timesteps, text, return_dict=False)[0]
+        return noise.reshape(b, f, -1, h, w).transpose(1, 2)
+
+
+def inflate(unet: UNet2DConditionModel) -> VideoUNet:
+    """Swaps five parts of a loaded image UNet, in place; parameter names stay the reference's.
+
+    Attention over frames 0 and i-1, text per clip, temporal attention, norms over the clip, one time row per clip
+    (paper section 3.2, figure 4). Raises InputError, naming the setting, for UNets that are not of the SD 1.x/2.x kind.
+    """
+    _check(unet)
+    for module in list(unet.modules()):
+        if isinstance(module, BasicTransformerBlock):
+            module.__class__ = VideoTransformerBlock
+            cast(VideoTransformerBlock, module).inflate()
+        elif isinstance(module, ResnetBlock2D):
+            module.__class__ = VideoResnetBlock
+            module.norm1.__class__ = module.norm2.__class__ = ClipGroupNorm
+        elif isinstance(module, Upsample2D):
+            module.__class__ = VideoUpsample
+    unet.conv_norm_out.__class__ = ClipGroupNorm
+    unet.__class__ = VideoUNet
+    return cast(VideoUNet, unet)
+
+
+def _check(unet: UNet2DConditionModel) -> None:
+    for name, supported in _UNSUPPORTED.items():
+        if (value := unet.config.get(name)) not in (supported, None):
+            raise InputError(
+                f"UNet: {name} = {value!r} is not supported (Stable Diffusion 1.x and 2.x have {supported!r})"
+            )
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D) and (module.upsample or module.downsample or module.time_emb_proj is None):
+            raise InputError("UNet: resnets that resample or take no time embedding are not supported")
+        if isinstance(module, BasicTransformerBlock) and module.attn2 is None:
+            raise InputError("UNet: transformer blocks without text attention are not supported")
+    if unet.conv_norm_out is None:
+        raise InputError("UNet: norm_num_groups = None is not supported")
+
+
+def trained_names(unet: nn.Module, trainable: Iterable[str]) -> list[str]:
+    """Names of the parameters that train: those inside a module whose path ends in one of `trainable`.
+
+    Raises InputError for an entry that names nothing.
+    """
+    names = [name for name, _ in unet.named_parameters()]
+    for suffix in trainable:
+        if not any(f".{suffix}." in f".{name}" for name in names):
+            raise InputError(
+                f"trainable: no parameter of the UNet lies in {suffix!r} (e.g. attn1.to_q, attn2.to_q, attn_temp)"
+            )
+    return [name for name in names if any(f".{suffix}." in f".{name}" for suffix in trainable)]
+
+
+def clip_value_names(unet: nn.Module, trainable: Iterable[str]) -> list[str]:
+    """Names of a clip's own values: what trained, and what the image model lacks (attn_temp, norm_temp)."""
+    own = set(trained_names(unet, trainable)) | {n for n, _ in unet.named_parameters() if "_temp." in n}
+    return [name for name, _ in unet.named_parameters() if name in own]

@@ -1,0 +1,32 @@
+"""What the tests of several rooms need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Golden data and real clips, which are not part of a clone."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder ../shared with golden data and real clips is absent")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Numbers of the reference implementation."""
+    return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def tensors(golden: Path) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the reference's small UNet."""
+    from safetensors.torch import load_file
+
+    return load_file(golden / "unet_sd1" / "tensors.safetensors")

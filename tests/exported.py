@@ -1,0 +1,89 @@
+"""A clip tuned at random on the reference's small model, and exported once for all tests that need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tav_opt import checkpoint, ddim, models
+from tav_opt.checkpoint import Checkpoint
+from tav_opt.config import TrainConfig
+from tav_opt.contract import ClipInfo
+from tav_opt.export import repository
+from tav_opt.unet import clip_value_names
+
+FRAMES, SIDE, STEPS = 4, 64, 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where the checkpoint and the repository with its clip `first` are, and what was reported of each graph."""
+
+    checkpoint: Path
+    repository: Path
+    parity: dict[str, float]
+    frames: np.ndarray
+
+    @property
+    def version(self) -> Path:
+        return self.repository / "tune_a_video_stream" / "1"
+
+    @property
+    def base(self) -> Path:
+        return next((self.version / "base").iterdir())
+
+
+def tuned(base: Path, frames: np.ndarray, seed: int) -> Checkpoint:
+    """A clip whose own values are off the model's by seeded noise."""
+    sd = models.load(base)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(sd.unet.named_parameters())
+    values = {
+        name: parameters[name] + 0.05 * torch.randn(parameters[name].shape, generator=generator)
+        for name in clip_value_names(sd.unet, TrainConfig.trainable)
+    }
+    models.put_values(sd.unet, values)
+    latents = models.encode_video(sd, frames)
+
+    @torch.no_grad()
+    def predict(x: torch.Tensor, timestep: int, text: torch.Tensor) -> torch.Tensor:
+        return sd.unet(x, torch.full((x.shape[0],), timestep), text)
+
+    info = ClipInfo(
+        base=str(base),
+        base_hash=checkpoint.base_hash(base),
+        prompt="a panda is skiing",
+        frames=len(frames),
+        height=frames.shape[1],
+        width=frames.shape[2],
+        fps=8.0,
+        inversion_steps=STEPS,
+    )
+    inverted = ddim.invert(predict, latents, models.encode_prompt(sd, [""]), sd.schedule, STEPS)
+    return Checkpoint(info=info, values=values, source_latents=latents, inverted_latents=inverted)
+
+
+def other_values(like: Checkpoint) -> Checkpoint:
+    """A second clip on the same base and size, without loading a model."""
+    return replace(like, values={name: value + 0.03 for name, value in like.values.items()})
+
+
+@cache
+def export_once(golden: Path, temporary: Path) -> Exported:
+    """The tests' one export."""
+    folder = temporary / "exported"
+    frames = np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
+    base = golden / "reference_checkpoint" / "sd"
+    checkpoint.save(tuned(base, frames, seed=1), folder / "First Clip", settings={})
+    errors: dict[str, float] = {}
+    repository.export(
+        folder / "First Clip",
+        folder / "repository",
+        name="first",
+        on_graph=lambda name, found: errors.update({name: found.error}),
+    )
+    return Exported(folder / "First Clip", folder / "repository", errors, frames)

@@ -1,0 +1,85 @@
+"""The house of DESIGN: imports run one way, and nothing here shadows a package of others."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROWS = (
+    ("config",),
+    ("files", "command", "reference_config", "sources", "sheet"),
+    ("contract", "video", "ddim", "kernels", "pixels"),
+    ("attention", "checkpoint", "model_repository"),
+    ("unet", "resume"),
+    ("models",),
+    ("memory",),
+    ("tuning", "editing", "engines"),
+    ("export", "serving", "client"),
+    ("demo",),
+    ("cli",),
+)
+ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+FILES = sorted((ROOT / "tav_opt").rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "tav_opt").parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms a file imports, also inside functions; those for type checking alone do not count."""
+    tree = ast.parse(path.read_text())
+    guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(child) for guard in guarded for child in ast.walk(guard)}
+    names = []
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("tav_opt.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in ROOM, f"{room} stands in no row of the house"
+    for other in imported_rooms(path) - {room, "__version__"}:
+        assert ROOM[other] < ROOM[room], f"{path.relative_to(ROOT)} imports {other}, which is not above {room}"
+
+
+def test_no_folder_of_the_root_is_importable_as_kernels_or_export():
+    """`python -m` puts the root on sys.path; transformers imports the PyPI package `kernels` where there is one."""
+    for name in ("kernels", "export"):
+        assert (ROOT / name).resolve() == ROOT / "tav_opt" / name
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", ["tav_opt", "tav_opt.client", "tav_opt.contract", "tav_opt.config", "tav_opt.video"])
+def test_light_rooms_do_not_import_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_worker_does_not_import_the_unet():
+    code = "import sys, tav_opt.serving.worker; sys.exit(any(m in sys.modules for m in ('diffusers', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_public_names_are_there():
+    import tav_opt
+
+    for name in tav_opt.__all__:
+        assert callable(getattr(tav_opt, name)), name
+    with pytest.raises(AttributeError):
+        _ = tav_opt.nothing_of_that_name

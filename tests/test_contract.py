@@ -1,0 +1,94 @@
+"""Requests as tensors and back, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tav_opt.config import EditConfig, InputError
+from tav_opt.contract import STREAM_INPUTS, ClipInfo, check_clip_name, from_tensors, to_tensors
+
+TEXT = st.text(max_size=80).filter(lambda text: "\x00" not in text)
+INFO = ClipInfo(
+    base="sd", base_hash="0123456789abcdef" * 4, prompt="x", frames=4, height=64, width=96, fps=8, inversion_steps=4
+)
+
+
+@given(
+    clip=TEXT,
+    config=st.builds(
+        EditConfig,
+        prompts=st.lists(TEXT, min_size=1, max_size=8).map(tuple),
+        negative_prompt=TEXT,
+        steps=st.integers(0, 2**31 - 1),
+        guidance_scale=st.floats(width=32, allow_nan=False),
+        eta=st.floats(width=32, allow_nan=False),
+        seed=st.integers(0, 2**64 - 1),
+        inversion=st.booleans(),
+        inversion_steps=st.integers(0, 2**31 - 1),
+    ),
+)
+def test_a_request_survives_the_wire(clip, config):
+    assert from_tensors(to_tensors(clip, config)) == (clip, config)
+
+
+def test_every_setting_of_an_edit_is_served():
+    assert {t.name for t in STREAM_INPUTS} - {"clip", "prompt"} == {f.name for f in fields(EditConfig)} - {"prompts"}
+
+
+def test_what_is_absent_has_the_defaults_of_editing():
+    few = {name: to_tensors("toy", EditConfig(prompts=("a", "b")))[name] for name in ("clip", "prompt")}
+    assert from_tensors(few) == ("toy", EditConfig(prompts=("a", "b")))
+
+
+def text(*items: bytes) -> np.ndarray:
+    return np.array(items, dtype=object)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"clip": None}, "'clip' is missing"),
+        ({"prompt": None}, "'prompt' is missing"),
+        ({"prompt": text()}, "0 prompts"),
+        ({"prompt": text(*[b"x"] * 9)}, "9 prompts: 1…8"),
+        ({"prompt": text(b"\xff\xfe")}, "prompt is not UTF-8"),
+        ({"prompt": text(b"x" * 5000)}, "5000 bytes"),
+        ({"prompt": np.array([[b"x"]], object)}, r"prompt has shape \[1, 1\]"),
+        ({"prompt": np.array([1.0])}, "prompt is float64, not STRING"),
+        ({"steps": np.array([4], np.int64)}, "steps is int64, not INT32"),
+        ({"steps": np.array([4, 4], np.int32)}, r"steps has shape \[2\], not \[1\]"),
+        ({"frobnicate": np.array([1])}, "'frobnicate' is unknown"),
+    ],
+)
+def test_malformed_requests_are_refused(change, words):
+    tensors = {"clip": text(b"toy"), "prompt": text(b"x"), **change}
+    with pytest.raises(InputError, match=words):
+        from_tensors({name: array for name, array in tensors.items() if array is not None})
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="steps 1099511627776 does not fit INT32"):
+        to_tensors("toy", EditConfig(prompts=("x",), steps=2**40))
+
+
+@pytest.mark.parametrize("name", ["", "A", "a/b", "../a", "a b", "-a", "a" * 64, "a\n", "ä"])
+def test_clip_names_cannot_be_paths(name):
+    with pytest.raises(InputError, match="is not 1…63"):
+        check_clip_name(name)
+
+
+def test_clip_info_survives_json_and_refuses_others():
+    value = json.loads(json.dumps(INFO.to_json()))
+    assert ClipInfo.from_json(value) == INFO
+    assert INFO.exported_base == "0123456789abcdef-4x64x96"
+    with pytest.raises(InputError, match="version 99"):
+        ClipInfo.from_json({**value, "version": 99})
+    del value["fps"]
+    with pytest.raises(InputError, match="lacks fps"):
+        ClipInfo.from_json(value)
