@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 from tav_opt.demo import world
 from tav_opt.demo.places import PLACES
 from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
-from tav_opt.demo.training import grid, to_unit
+from tav_opt.demo.training import grid, mixed_precision, to_unit
 
 BATCH = 64
 PARTS = ("subject", "place", "style")
@@ -70,7 +70,7 @@ class DualEncoderStage:
         fits = torch.tensor(
             [[_fits(image, scene, parts) for image in scenes] for scene, parts in zip(scenes, named, strict=True)]
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             pictures, texts = self._embed_images(to_unit(images)), self.embed_texts(captions)
         logits = self.clip.logit_scale.exp() * texts.float() @ pictures.float().T  # captions × pictures
         return (_soft_cross_entropy(logits, fits) + _soft_cross_entropy(logits.T, fits.T)) / 2

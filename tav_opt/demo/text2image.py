@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 from tav_opt import ddim
 from tav_opt.demo import world
 from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
-from tav_opt.demo.training import grid, to_images, to_unit
+from tav_opt.demo.training import grid, mixed_precision, to_images, to_unit
 
 BATCH = 32
 POOL = 3000
@@ -96,7 +96,7 @@ class Text2ImageStage:
     def _encoded(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[world.Scene]]:
         scenes = [world.draw_scene(rng, self.subjects) for _ in range(count)]
         pictures = np.stack([world.compose(scene, self.sprites, rng) for scene in scenes])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed_precision():
             latents = self.vae.encode(to_unit(pictures)).latent_dist.mean
         return latents.float() * self.vae.config.scaling_factor, scenes
 
@@ -115,7 +115,7 @@ class Text2ImageStage:
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         # At these sizes plain attention is faster on a CPU than the flash kernel.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
             found = self._predict(noisy, timesteps, self.text_encoder(ids)[0])
         ratio = alpha / (1 - alpha)
         weight = ratio.clamp(max=MIN_SNR) / (ratio + 1)

@@ -167,6 +167,11 @@ class Run:
         Image.fromarray(picture).save(self.folder / f"{self.stage.name}.png")
 
 
+def mixed_precision() -> torch.autocast:
+    """bfloat16 where the processor multiplies tiles of it; elsewhere it was 1.4 times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
+
+
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
     """uint8 pictures (n, H, W, 3), n a multiple of `columns` → one picture (rows·H, columns·W, 3)."""
     return np.concatenate([np.concatenate(list(row), 1) for row in images.reshape(-1, columns, *images.shape[1:])])

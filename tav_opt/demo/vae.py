@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tav_opt.demo import world
-from tav_opt.demo.training import grid, to_images, to_unit
+from tav_opt.demo.training import grid, mixed_precision, to_images, to_unit
 
 BATCH = 16
 KL_WEIGHT = 1e-5
@@ -54,7 +54,7 @@ class VaeStage:
     def loss(self, rng: np.random.Generator) -> Tensor:
         """L1 of pixels and of their gradients, plus KL."""
         images = to_unit(self._pictures(rng, BATCH, kept_out=False))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             posterior = self.vae.encode(images).latent_dist
             found = self.vae.decode(posterior.sample()).sample
         error = found.float() - images

@@ -33,7 +33,7 @@ TABLE = (
     Row(80, 64, 0, Tile(128, 64, 8, 3), "16 warps from two programs; 37 KB, so three stages cost no program"),
     Row(80, 80, 0, Tile(128, 64, 8, 2), "the accumulator takes 40 to 64 registers; 4 warps would spill on sm_89"),
     Row(80, 128, 0, Tile(128, 32, 8, 2), "64 keys spill where n is no multiple of them"),
-    Row(80, 160, 0, Tile(64, 32, 4, 2), "two programs; 128 queries spill on sm_86 and sm_89 where n is no multiple of 128"),
+    Row(80, 160, 0, Tile(64, 32, 4, 2), "two programs; 128 queries spill on sm_86 and sm_89 unless they divide n"),
     Row(80, 256, 0, Tile(64, 32, 8, 1), "also from 161 on, where 128 queries spill"),
     Row(90, 64, 0, Tile(128, 64, 8, 2), "100 registers, so two programs overlap; a third stage makes it 132, so one"),
     Row(90, 128, 0, Tile(128, 64, 8, 3), "123 registers and 82 KB at width 80: two programs"),
