@@ -1,0 +1,121 @@
+"""Memory at its peak beside what was estimated before: `python benchmarks/peaks.py`, one process a case."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from common import header, machine
+from presets import prepare
+
+from tav_opt import command, editing, memory, tuning
+from tav_opt.checkpoint import load
+from tav_opt.config import EditConfig, TrainConfig
+from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.video import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is done, to how much."""
+
+    preset: str
+    action: Literal["tune", "tune, gradient checkpointing", "edit"]
+    frames: int
+    size: int
+
+
+CASES = (
+    Case(preset="demo", action="tune", frames=24, size=64),
+    Case(preset="demo", action="edit", frames=24, size=64),
+    Case(preset="sd15", action="tune", frames=4, size=256),
+    Case(preset="sd15", action="tune, gradient checkpointing", frames=4, size=256),
+    Case(preset="sd15", action="edit", frames=8, size=256),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Tune and edit, each in a process of its own, and print the peak of its resident memory beside the estimate."""
+
+    presets: tuple[str, ...] = ("demo", "sd15")
+    out: Path = Path("benchmarks/results/peaks.json")
+
+
+def main(config: Peaks) -> int:
+    """Runs the cases one after the other and writes the table."""
+    rows = []
+    for case in (case for case in CASES if case.preset in config.presets):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            ckpt = _apart(partial(prepare, case.preset, folder, frames=case.frames, size=case.size, steps=2))
+            estimated, peak = _apart(partial(measure, case, ckpt, folder / "tuned"))
+        rows.append({**asdict(case), "estimated": estimated, "peak": peak})
+    print(header("peak of resident memory"))
+    print("\n| model | what | frames | size | estimated GiB | measured GiB |\n|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['preset']} | {row['action']} | {row['frames']} | {row['size']}² "
+            f"| {row['estimated'] / 2**30:.2f} | {row['peak'] / 2**30:.2f} |"
+        )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": " ".join(sys.argv), "machine": machine(), "bytes": rows}
+    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _apart(function: Callable[[], Any]) -> Any:
+    """What a function returns, called in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function).result()
+
+
+def measure(case: Case, ckpt: Path, out: Path) -> tuple[int, int]:
+    """Bytes that were estimated, and the peak that was reached, above what Python and the libraries take."""
+    before = _resident("VmRSS")
+    estimated = _edit(ckpt) if case.action == "edit" else _tune(case, load(ckpt).info.base, out)
+    return estimated, _resident("VmHWM") - before
+
+
+def _edit(ckpt: Path) -> int:
+    engine = open_checkpoint(ckpt)
+    info = engine.info
+    editing.edit(engine, EditConfig(prompts=("a red thing",), steps=2, guidance_scale=7.5))
+    return memory.estimate_editing(engine.sd, info.frames, info.height, info.width)
+
+
+def _tune(case: Case, base: str, out: Path) -> int:
+    pixels = np.random.default_rng(0).integers(0, 256, (case.frames, case.size, case.size, 3), dtype=np.uint8)
+    config = TrainConfig(steps=2, inversion_steps=2, gradient_checkpointing="checkpointing" in case.action)
+    estimates = []
+    check = memory.check_tuning
+
+    def noted(*arguments: object) -> None:
+        check(*arguments)  # type: ignore[arg-type]
+        estimates.append(memory.estimate_tuning(*arguments))  # type: ignore[arg-type]
+
+    memory.check_tuning = noted  # type: ignore[assignment]
+    tuning.tune(base, Clip(frames=pixels, fps=8.0), "a red thing", config, out)
+    return estimates[0]
+
+
+def _resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, "Linux only"
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(Peaks)
+    sys.exit(command.run("peaks", lambda: main(settings)))
