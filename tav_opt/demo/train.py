@@ -1,4 +1,4 @@
-"""Trains the models that ship with the package: `python -m tav_opt.demo.train --stage vae|text2image|dual-encoder`.
+"""Trains the models that ship with the package: `python -m tav_opt.demo.train --stage vae|text2image|…`.
 
 Stages follow one another: text2image learns on the latents of the VAE as it is then. Each goes on where it was left:
 weights, averages and optimizer lie in the folder, saved every minute. `--stage publish` puts the result into the
@@ -22,13 +22,14 @@ import transformers
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from tav_opt.config import InputError
 from tav_opt.demo import subjects
 from tav_opt.demo.clips import make_clips
 from tav_opt.demo.dual_encoder import DualEncoderStage
+from tav_opt.demo.locator import LocatorStage
 from tav_opt.demo.text2image import POOL, Text2ImageStage
 from tav_opt.demo.training import Progress, Run, Stage, to_unit
 from tav_opt.demo.vae import VaeStage, psnr
@@ -39,13 +40,21 @@ PACKAGE = Path(__file__).parent
 SMOKE_POOL = 100
 LICENCE = "LICENSE.fluent-emoji.txt"
 """Of the pictures that everything was learned from."""
-WEIGHTS = {"vae": "model/vae", "unet": "model/unet", "text_encoder": "model/text_encoder", "clip": "clip_model"}
+WEIGHTS = {
+    "vae": "model/vae",
+    "unet": "model/unet",
+    "text_encoder": "model/text_encoder",
+    "clip": "clip_model",
+    "locator": "locator",
+}
 """Where each trained module lies in the package."""
+PARTS = ("model", "clip_model", "locator")
+"""What is published beside the clips."""
 
 
 def train(
     *,
-    stage: Literal["vae", "text2image", "dual-encoder", "publish"],
+    stage: Literal["vae", "text2image", "dual-encoder", "locator", "publish"],
     minutes: float = 60,
     folder: Path = subjects.CACHE / "train",
     start_from: Path | None = None,
@@ -163,10 +172,27 @@ def train_dual_encoder(job: Job) -> None:
     _record(folder, stage.name, progress, accuracy_on_held_out_composites=accuracies)
 
 
+def train_locator(job: Job) -> None:
+    """Trains what finds the subject's middle and writes it to `locator/`."""
+    stage, folder = LocatorStage(job.sprites), job.folder
+    run = job.run(stage)
+    progress = run.train(minutes=job.minutes)
+    run.swap()
+    error = round(stage.error(), 2)
+
+    def save(target: Path) -> None:
+        target.mkdir()
+        save_file(stage.locator.half().state_dict(), target / "model.safetensors")
+
+    _replace(folder / "locator", save)
+    _record(folder, stage.name, progress, pixels_off_on_held_out_composites=error)
+
+
 STAGES: dict[str, Callable[[Job], None]] = {
     "vae": train_vae,
     "text2image": train_text2image,
     "dual-encoder": train_dual_encoder,
+    "locator": train_locator,
 }
 
 
@@ -213,13 +239,13 @@ def _record(folder: Path, stage: str, progress: Progress, **measured: Any) -> No
 
 def publish(folder: Path, target: Path) -> None:
     """Copies the trained parts with their record and makes the clips; raises InputError when a part is missing."""
-    for part in ("model", "clip_model"):
+    for part in PARTS:
         if not (folder / part).is_dir():
             raise InputError(f"{folder / part} does not exist: train its stage first")
-    for part in ("model", "clip_model"):
+    for part in PARTS:
         _replace(target / part, partial(shutil.copytree, folder / part))
     make_clips(target / "clips")
-    for part in ("model", "clip_model", "clips"):
+    for part in (*PARTS, "clips"):
         shutil.copy(PACKAGE / LICENCE, target / part / LICENCE)
     write_json(target / "model" / "training.json", read_json(_record_file(folder)))
 

@@ -84,6 +84,13 @@ def subject_phrase(subject: str) -> str:
 
 def compose(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator) -> np.ndarray:
     """A picture of the scene, uint8 (SIZE, SIZE, 3): the subject scaled, mirrored, turned and placed at random."""
+    return compose_at(scene, sprites, rng)[0]
+
+
+def compose_at(
+    scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """The same picture, and the middle of the subject in pixels, x and y."""
     pictures = sprites[scene.subject]
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
@@ -95,7 +102,8 @@ def compose(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.
     x = (SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
     y = (SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
     picture = paste(background(scene.place, rng, SIZE), sprite, round(x), round(y))
-    return apply_style(picture, scene.style)
+    middle = round(x) + sprite.size[0] / 2, round(y) + sprite.size[1] / 2
+    return apply_style(picture, scene.style), middle
 
 
 def fit(sprite: Image.Image, longest: float) -> Image.Image:

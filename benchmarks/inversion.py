@@ -1,0 +1,63 @@
+"""How well DDIM inversion returns: `python benchmarks/inversion.py ckpt/`.
+
+The clip is inverted under the empty prompt, then sampled under it without guidance: exact arithmetic in infinitely many
+steps would give the clip back (paper section 3.3).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from common import header, machine
+from tyro.conf import Positional
+
+from tav_opt import command, ddim
+from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """Invert a tuned clip and sample it back, for several numbers of steps."""
+
+    checkpoint: Positional[Path]
+    """Folder that `tav-opt tune` wrote."""
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    out: Path = Path("benchmarks/results/inversion.json")
+
+
+def main(config: Inversion) -> int:
+    """Prints, per number of steps, the error of the latents and of the decoded frames."""
+    engine = open_checkpoint(config.checkpoint, device=config.device)
+    decoded = engine.decode(engine.source_latents)
+    rows = [_there_and_back(engine, decoded, steps) for steps in config.steps]
+    info = engine.info
+    print(header(f"inversion and back: {info.frames} frames of {info.width}×{info.height}, tuned on {info.prompt!r}"))
+    print("\n| steps | error of latents, relative | PSNR of frames dB |\n|---:|---:|---:|")
+    for row in rows:
+        print(f"| {row['steps']} | {row['error']:.4f} | {row['psnr']:.1f} |")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": " ".join(sys.argv), "machine": machine(), "rows": rows}
+    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _there_and_back(engine: TorchEngine, decoded: np.ndarray, steps: int) -> dict[str, float]:
+    """Root mean square of the error over that of the latents, and PSNR against the VAE's own frames."""
+    source, empty = engine.source_latents, engine.encode_text([""])
+    noise = ddim.invert(engine.predict, source, empty, engine.schedule, steps)
+    back = ddim.sample(engine.predict, noise, empty, engine.schedule, steps)
+    error = float((back - source).square().mean().sqrt() / source.square().mean().sqrt())
+    squares = np.square(engine.decode(back).astype(np.float64) - decoded).mean()
+    return {"steps": steps, "error": error, "psnr": float(10 * np.log10(255**2 / max(squares, 1e-9)))}
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(Inversion)
+    sys.exit(command.run("inversion", lambda: main(settings)))
