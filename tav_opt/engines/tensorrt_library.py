@@ -88,7 +88,12 @@ class Contract:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return digest(asdict(self))
+
+
+def digest(contract: dict[str, Any]) -> str:
+    """SHA-256 of a contract as it stands in a manifest."""
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(library: Library, card: str, contract: Contract) -> str:

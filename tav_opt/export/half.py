@@ -29,6 +29,7 @@ def convert(model: ModelProto, values: Collection[str], islands: Iterable[str] =
     """Converts a loaded fp32 graph, in place; a clip's `values` become fp16 inputs, all other inputs stay fp32."""
     try:
         from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
     except ImportError:
         raise InputError("onnxruntime is not installed: pip install 'tav-opt[cpu]', or [gpu]") from None
     kept = [tensor.name for tensor in (*model.graph.input, *model.graph.output) if tensor.name not in values]
@@ -40,6 +41,7 @@ def convert(model: ModelProto, values: Collection[str], islands: Iterable[str] =
         node_block_list=[node.name for node in _ancestors(model, _SINUSOID)],
     )
     _join_islands(half)
+    OnnxModel(half).topological_sort()  # the converter adds its casts at the end
     return half
 
 
