@@ -24,7 +24,7 @@ from tav_opt.config import EditConfig, InputError
 from tav_opt.engines import tensorrt as engines
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.engines.tensorrt_library import Library
-from tav_opt.export import builder, estimate, repository, tensorrt
+from tav_opt.export import builder, estimate, layers, parity, repository, tensorrt
 
 pytest.importorskip("polygraphy")
 CPU = torch.device("cpu")
@@ -108,14 +108,47 @@ def version(exported: Exported, other: Path, tmp_path_factory: pytest.TempPathFa
     """The version folder of a repository with two clips and the stand-in's engines."""
     copied = Path(shutil.copytree(exported.repository, tmp_path_factory.mktemp("engines") / "repository"))
     repository.export(other, copied, name="other")
-    config = tensorrt.EngineConfig(target="tensorrt-rtx", cards=("sm89",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "parse", parse)
-        patch.setattr(builder, "build", lambda model, **_: (model.SerializeToString(), b""))
-        patch.setattr(estimate, "needed", lambda *_: estimate.Needed(weights=0, activations=0, largest=0))
-        plan = tensorrt.Plan(config=config, library=LIBRARY, cards=("sm89",))
-        tensorrt.export(plan, copied / "tune_a_video_stream" / "1" / "clips" / "first")
+        stand_in(patch)
+        tensorrt.export(plan("sm89"), copied / "tune_a_video_stream" / "1" / "clips" / "first")
     return copied / "tune_a_video_stream" / "1"
+
+
+def plan(card: str) -> tensorrt.Plan:
+    config = tensorrt.EngineConfig(target="tensorrt-rtx", cards=(card,))
+    return tensorrt.Plan(config=config, library=LIBRARY, cards=(card,))
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """In place of the vendor's parser and compiler: an "engine" is the graph with its weights inside."""
+    patch.setattr(builder, "parse", parse)
+    patch.setattr(builder, "build", lambda model, **_: (model.SerializeToString(), b""))
+    patch.setattr(estimate, "needed", lambda *_: estimate.Needed(weights=0, activations=0, largest=0))
+
+
+def test_an_engine_over_its_tolerance_is_not_written(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with the card: each engine is run; the last one, the VAE's decoder, was compiled wrongly."""
+    before = set(version.glob("base/*/engines/*"))
+    ran = []
+
+    def runner(_library: Library, engine: Path) -> object:
+        ran.append(engine.name)
+        model = onnx.load(engine)
+        if engine.name.startswith("vae_decoder"):
+            bias = next(i for i in model.graph.initializer if i.name.endswith("conv_out.bias"))
+            bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.1), bias.name))
+            onnx.save(model, engine)
+        return layers.onnxruntime_runner(engine, "tensorrt-rtx")
+
+    stand_in(monkeypatch)
+    monkeypatch.setattr(layers, "tensorrt_runner", runner)
+    monkeypatch.setattr(tensorrt.Plan, "runs_here", lambda *_: True)
+    with pytest.raises(
+        parity.ParityError, match=r"vae_decoder: error 4\.\de-02 in tensorrt-rtx .* no engine was written"
+    ):
+        tensorrt.export(plan("sm86"), version / "clips" / "first")
+    assert len(ran) == 5
+    assert set(version.glob("base/*/engines/*")) == before
 
 
 def base_folder(version: Path) -> Path:

@@ -80,12 +80,15 @@ def check_gpu(need: Needed, library: Library, card: str, graph: str) -> None:
         )
 
 
-def check_host(weights: Path) -> int:
-    """Bytes of host memory that the export of a graph with these fp32 weights needs; InputError where they are not."""
-    need = _HOST_BASE + _HOST_FACTOR * weights.stat().st_size
-    free = psutil.virtual_memory().available
+def host_bytes(weights: Path) -> int:
+    """Host memory that the export of a graph with these fp32 weights takes at its peak."""
+    return _HOST_BASE + _HOST_FACTOR * weights.stat().st_size
+
+
+def check_host(weights: Path) -> None:
+    """Raises InputError, saying how much is needed, where the export of a graph with these weights has too little."""
+    need, free = host_bytes(weights), psutil.virtual_memory().available
     if need > free:
         raise InputError(
             f"building {weights.stem} needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is free"
         )
-    return need

@@ -65,13 +65,13 @@ def eager_runner(call: Callable[[Feed], np.ndarray], like: Feed, output: str) ->
     return Eager(name="eager")
 
 
-def tensorrt_runner(library: Library, engine: bytes, name: str) -> Runner:
-    """Runs an engine on the GPU that it was built for."""
+def tensorrt_runner(library: Library, engine: Path) -> Runner:
+    """Runs an engine on the GPU that it was built for. Never run so far."""
     polygraphy = _polygraphy()
     polygraphy.config.USE_TENSORRT_RTX = library.target == "tensorrt-rtx"  # read when it first imports either
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    return TrtRunner(EngineFromBytes(engine), name=name)
+    return TrtRunner(EngineFromBytes(engine.read_bytes()), name=library.target)
 
 
 @dataclass(frozen=True, kw_only=True)

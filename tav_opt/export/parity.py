@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tav_opt.engines.onnxruntime import session
-from tav_opt.engines.tensorrt_library import Library
 from tav_opt.export import layers
 from tav_opt.export.graphs import Graph, input_name
 
@@ -106,10 +105,14 @@ def check(graph: Graph, path: Path) -> Parity:
 
 
 @torch.no_grad()
-def feeds(graph: Graph, rows: int, count: int = 2) -> list[dict[str, np.ndarray]]:
-    """Seeded inputs for the fp16 graph by name, the values of another clip among them in fp16, as clips are kept."""
+def feeds(graph: Graph, rows: int, *, count: int = 2, own: bool = False) -> list[dict[str, np.ndarray]]:
+    """Seeded inputs for the fp16 graph by name, a clip's values among them in fp16, as clips are kept.
+
+    The values are another clip's than the graph was traced with, unless its `own` are asked for.
+    """
     generator = torch.Generator().manual_seed(_SEED)
-    values = {input_name(name): value.half() for name, value in _values(graph, generator).items()}
+    chosen = (graph.values or {}) if own else _values(graph, generator)
+    values = {input_name(name): value.half() for name, value in chosen.items()}
     return [
         {name: value.numpy() for name, value in (_inputs(graph, rows, generator) | values).items()}
         for _ in range(count)
@@ -124,19 +127,12 @@ def eager(graph: Graph, feed: layers.Feed) -> np.ndarray:
         return graph.module(*inputs, **({"values": values} if values else {})).numpy()
 
 
-def measure_half(graph: Graph, path: Path, rows: int, engine: tuple[Library, bytes] | None = None) -> dict[str, Parity]:
-    """An fp16 graph in onnxruntime, and its engine where there is one that runs here, against eager PyTorch."""
-    fed = feeds(graph, rows)
-    runners = [
-        layers.eager_runner(lambda feed: eager(graph, feed), fed[0], graph.output),
-        layers.onnxruntime_runner(path, "onnxruntime"),
-    ]
-    if engine is not None:
-        runners.append(layers.tensorrt_runner(*engine, name=engine[0].target))
-    found = layers.compare(runners, fed)
+def measure_half(graph: Graph, runners: Sequence[layers.Runner], fed: Sequence[layers.Feed]) -> dict[str, Parity]:
+    """The fp16 graph as each of Polygraphy's runners has it, against eager PyTorch, by the runner's name."""
+    reference = layers.eager_runner(lambda feed: eager(graph, feed), fed[0], graph.output)
     return {
         name: Parity(error=max(d.error for d in differences), tolerance=HALF_TOLERANCES[graph.name])
-        for name, differences in found.items()
+        for name, differences in layers.compare([reference, *runners], fed).items()
     }
 
 

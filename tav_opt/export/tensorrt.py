@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
@@ -23,6 +24,7 @@ from tav_opt.engines.tensorrt_library import ENGINES, Contract, Library, Target,
 from tav_opt.export import builder, estimate, graphs, half, layers, parity
 from tav_opt.export.graphs import Graph
 from tav_opt.export.repository import MANIFEST, hashes, locked
+from tav_opt.export.rounding import rounded
 from tav_opt.files import altered, read_json, whole, write_json
 
 Say = Callable[[str], object]
@@ -56,9 +58,9 @@ class Plan:
     def attention(self) -> half.Attention:
         return "plugin" if self.config.plugin and self.library.target == "tensorrt" else "standard"
 
-    @property
-    def runs_here(self) -> bool:
-        return torch.cuda.is_available()
+    def runs_here(self, card: str) -> bool:
+        """Whether engines for a card can be run, and so compared, on this machine."""
+        return torch.cuda.is_available() and tensorrt_library.present_card(self.library) == card
 
 
 def plan(config: EngineConfig) -> Plan:
@@ -109,9 +111,10 @@ def _export(maker: _Maker, traced: Callable[[], list[Graph]]) -> list[Path]:
     if missing:
         estimate.check_host(maker.exported / "unet.onnx.data")
         maker.check_memory(missing)
-        parities = maker.check_graphs(traced())
+        modules = {graph.name: graph for graph in traced()}
+        parities = maker.check_graphs(modules)
         for card, folder in missing.items():
-            maker.make(card, folder, parities)
+            maker.make(card, folder, modules, parities)
     return [maker.folder(card) for card in cards]
 
 
@@ -193,43 +196,54 @@ class _Maker:
                 self.say(f"{name} at {rows} for {card}: up to {need.total / 2**20:,.0f} MiB of GPU memory")
                 estimate.check_gpu(need, self.plan.library, card, f"{name} at {rows}")
 
-    def check_graphs(self, traced: list[Graph]) -> dict[str, dict[str, float]]:
-        """Every fp16 graph in onnxruntime against eager PyTorch; raises ParityError."""
+    def check_graphs(self, modules: dict[str, Graph]) -> dict[str, dict[str, float]]:
+        """Every fp16 graph in onnxruntime against eager PyTorch; raises ParityError. Errors by graph and runtime."""
         found: dict[str, dict[str, float]] = {}
-        # The plugin keeps the scores of its softmax in fp32, as onnxruntime's fused attention does.
-        attention: half.Attention = "onnxruntime" if self.plan.attention == "plugin" else "standard"
-        for graph in traced:
-            rows = max(self.rows[graph.name])
-            path = self.work / f"{graph.name}-{rows}.onnx"
-            onnx.save(self.model(graph.name, rows, attention), path)
-            results = parity.measure_half(graph, path, rows)
-            for runtime, result in results.items():
-                self.say(f"{graph.name}: fp16 error {result.error:.1e} in {runtime} (≤ {result.tolerance.error:.0e})")
+        for name, graph in modules.items():
+            rows = max(self.rows[name])
+            path = self.work / f"{name}-{rows}.onnx"
+            onnx.save(rounded(self.model(name, rows, self._comparable)), path)
             if self.plan.config.debug_parity:
                 self.say(self._first_departure(graph, path, rows))
-            parity.check_half(graph.name, results)
-            found[graph.name] = {runtime: result.error for runtime, result in results.items()}
+            runner = layers.onnxruntime_runner(path, "onnxruntime")
+            found[name] = self._checked(graph, runner, parity.feeds(graph, rows))
         return found
+
+    @property
+    def _comparable(self) -> half.Attention:
+        """onnxruntime's attention that is like the engine's: it keeps scores in fp32, as the plugin does."""
+        return "onnxruntime" if self.plan.attention == "plugin" else "standard"
+
+    def _checked(self, graph: Graph, runner: layers.Runner, fed: list[dict[str, np.ndarray]]) -> dict[str, float]:
+        results = parity.measure_half(graph, [runner], fed)
+        for runtime, result in results.items():
+            self.say(f"{graph.name}: fp16 error {result.error:.1e} in {runtime} (≤ {result.tolerance.error:.0e})")
+        parity.check_half(graph.name, results)
+        return {runtime: result.error for runtime, result in results.items()}
 
     def _first_departure(self, graph: Graph, path: Path, rows: int) -> str:
         """Compares every layer of the fp16 graph with the fp32 one."""
         reference = self.work / f"{graph.name}-fp32.onnx"
-        attention: half.Attention = "onnxruntime" if self.plan.attention == "plugin" else "standard"
         source = self.exported / f"{graph.name}.onnx"
-        onnx.save(half.fixed(source, rows, attention), reference)
+        onnx.save(half.fixed(source, rows, self._comparable), reference)
         os.link(f"{source}.data", self.work / f"{source.name}.data")
-        found = layers.by_layer(reference, path, parity.feeds(graph, rows, 1)[0], self.work)
+        found = layers.by_layer(reference, path, parity.feeds(graph, rows, count=1)[0], self.work)
         return f"{graph.name}: {parity.first_departure(found, parity.HALF_TOLERANCES[graph.name].error)}"
 
-    def make(self, card: str, folder: Path, parities: dict[str, dict[str, float]]) -> None:
-        """Builds every engine for a card; the folder has its name only when all are there."""
+    def make(self, card: str, folder: Path, modules: dict[str, Graph], parities: dict[str, dict[str, float]]) -> None:
+        """Builds every engine for a card, and compares it where it runs; the folder has its name when all are good."""
         with whole(folder) as temporary:
             temporary.mkdir()
+            compared = {}
             for name, all_rows in self.rows.items():
                 for rows in all_rows:
-                    engine = self._built(name, rows, card)
-                    (temporary / engine_file(name, rows)).write_bytes(engine)
-            write_json(temporary / MANIFEST, self._engines_manifest(card, temporary, parities))
+                    file = temporary / engine_file(name, rows)
+                    file.write_bytes(self._built(name, rows, card))
+                    if self.plan.runs_here(card):
+                        runner = layers.tensorrt_runner(self.plan.library, file)
+                        fed = parity.feeds(modules[name], rows, own=self.plan.config.refit)
+                        compared[file.name] = self._checked(modules[name], runner, fed)
+            write_json(temporary / MANIFEST, self._engines_manifest(card, temporary, parities, compared))
 
     def _built(self, name: str, rows: int, card: str) -> bytes:
         cache = self.exported.parents[1] / "timing" / f"{self.plan.library.target}-{self.plan.library.version}-{card}"
@@ -249,7 +263,13 @@ class _Maker:
         told = self.on_progress
         return None if told is None else lambda phase, step, steps: told(f"{what}: {phase}", step, steps)
 
-    def _engines_manifest(self, card: str, folder: Path, parities: dict[str, dict[str, float]]) -> dict[str, object]:
+    def _engines_manifest(
+        self,
+        card: str,
+        folder: Path,
+        parities: dict[str, dict[str, float]],
+        compared: dict[str, dict[str, float]],
+    ) -> dict[str, object]:
         return {
             "version": VERSION,
             "target": self.plan.library.target,
@@ -259,6 +279,7 @@ class _Maker:
             "contract_hash": self.contract.hash,
             "islands": list(half.STATISTICS),
             "parity_of_graphs": parities,
+            "parity_of_engines": compared,  # empty where they were built for another card than this machine's
             "made_of": self.manifest["files"],
             "files": hashes(folder),
         }
