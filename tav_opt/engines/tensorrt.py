@@ -96,7 +96,7 @@ class FixedEngine:
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._execute(self._stream.cuda_stream)
         self._graph.replay()
 
@@ -222,11 +222,14 @@ class TensorRtBase(OnnxBase):
 
 
 def find(folder: Path, library: Library, card: str) -> Path:
-    """The engines of a base that fit; raises InputError, with the reason of each that does not."""
+    """The engines of a base that fit; raises InputError, with the reason of each that does not.
+
+    Of several sets, one whose values are inputs comes before one to refit, and the plugin before standard attention.
+    """
     made_of = read_json(folder / "manifest.json")["files"]
     reasons = []
-    for path in sorted((folder / ENGINES).glob("*/manifest.json")):
-        manifest = read_json(path)
+    found = [(read_json(path), path) for path in sorted((folder / ENGINES).glob("*/manifest.json"))]
+    for manifest, path in sorted(found, key=lambda pair: [pair[0]["contract"][key] for key in ("values", "attention")]):
         try:
             tensorrt_library.check_fits(manifest, library, card, path.parent)
             _check_contract(manifest, made_of, path.parent)
