@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -143,7 +144,10 @@ def engines(exported: Exported, copied: Path, rtx: tensorrt_library.Library) -> 
     return folder
 
 
-def test_engines_are_named_and_described(engines: Path, rtx: tensorrt_library.Library, exported: Exported) -> None:
+def test_engines_are_named_and_described(
+    engines: Path, rtx: tensorrt_library.Library, exported: Exported, unet: Path
+) -> None:
+    graph = half.fixed(unet, 2, "standard").graph
     manifest = json.loads((engines / "manifest.json").read_text())
     assert engines.name == f"tensorrt-rtx-{rtx.version}-sm89-{manifest['contract_hash'][:12]}"
     assert manifest["files"] == {path.name: sha256(path) for path in engines.glob("*.engine")}
@@ -151,9 +155,12 @@ def test_engines_are_named_and_described(engines: Path, rtx: tensorrt_library.Li
         "text_encoder-1.engine", "vae_encoder-4.engine", "unet-1.engine", "unet-2.engine", "vae_decoder-4.engine",
     }  # fmt: skip
     assert all(path.stat().st_size > 10_000 for path in engines.glob("*.engine"))
-    unet = manifest["contract"]["engines"]["unet-2.engine"]
-    assert unet[0] == {"name": "latents", "shape": [2, 4, FRAMES, 8, 8], "dtype": "float32"}
-    assert {tensor["dtype"] for tensor in unet[3:-1]} == {"float16"}
+    taken = manifest["contract"]["engines"]["unet-2.engine"]
+    assert [(t["name"], t["shape"]) for t in taken] == [
+        (t.name, [axis.dim_value for axis in t.type.tensor_type.shape.dim]) for t in (*graph.input, *graph.output)
+    ]
+    assert taken[0] == {"name": "latents", "shape": [2, 4, FRAMES, 8, 8], "dtype": "float32"}
+    assert {tensor["dtype"] for tensor in taken[3:-1]} == {"float16"}
     for name, found in manifest["parity_of_graphs"].items():
         assert 0 < found["onnxruntime"] <= parity.HALF_TOLERANCES[name].error
     assert manifest["made_of"] == json.loads((exported.base / "manifest.json").read_text())["files"]
@@ -386,3 +393,40 @@ def test_rounding_is_that_of_true_fp16() -> None:
     found = onnxruntime.InferenceSession(rounded(model).SerializeToString()).run(None, feed)
     for value, expected in zip(found, truth, strict=True):
         np.testing.assert_array_equal(value, expected.astype(np.float32))
+
+
+# What engines/tensorrt.py and export/builder.py use of the compiled module, by class.
+USED = {
+    "ICudaEngine": (
+        "create_execution_context get_tensor_name get_tensor_shape get_tensor_dtype get_tensor_mode num_io_tensors"
+    ),
+    "IExecutionContext": "set_tensor_address execute_async_v3",
+    "Runtime": "deserialize_cuda_engine",
+    "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
+    "Builder": "create_network create_builder_config build_serialized_network",
+    "IBuilderConfig": "create_timing_cache set_timing_cache get_timing_cache progress_monitor set_flag",
+    "INetworkDefinition": "mark_weights_refittable get_layer num_layers",
+    "OnnxParser": "parse num_errors get_error",
+    "BuilderFlag": "REFIT_INDIVIDUAL",
+    "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
+    "TensorIOMode": "INPUT OUTPUT",
+    "DataType": "FLOAT HALF INT64",
+    "LayerType": "CONSTANT",
+}
+
+
+def test_rtx_has_all_that_is_used(rtx: tensorrt_library.Library) -> None:
+    for name, members in USED.items():
+        for member in members.split():
+            assert hasattr(getattr(rtx.trt, name), member), f"{name}.{member}"
+
+
+def test_tensorrts_bindings_have_all_that_is_used() -> None:
+    """Without its libraries the module cannot be imported; the names that it registers are strings in the file."""
+    spec = importlib.util.find_spec("tensorrt_bindings")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install --no-deps tensorrt-cu13-bindings")
+    content = (Path(spec.submodule_search_locations[0]) / "tensorrt.so").read_bytes()
+    for name, members in USED.items():
+        for text in (name, *members.split()):
+            assert b"\0" + text.encode() + b"\0" in content, f"{name}: {text}"

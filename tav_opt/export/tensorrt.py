@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,13 +147,22 @@ class _Maker:
 
     def _contract(self) -> Contract:
         engines = {
-            engine_file(name, rows): _tensors(self.model(name, rows))
+            engine_file(name, rows): self._tensors(name, rows)
             for name, all_rows in self.rows.items()
             for rows in all_rows
         }
         attention = "plugin" if self.plan.attention == "plugin" else "standard"
         values = "refit" if self.plan.config.refit else "inputs"
         return Contract(base=self.exported.name, attention=attention, values=values, engines=engines)  # type: ignore[arg-type]
+
+    def _tensors(self, name: str, rows: int) -> tuple[Tensor, ...]:
+        """What an engine takes and gives, from the fp32 graph: only a clip's values change their type, or go inside."""
+        model = half.fixed(self.exported / f"{name}.onnx", rows, "plugin")
+        values = set(self.manifest["values"].values()) if name == "unet" else set()
+        described = [_described(value) for value in (*model.graph.input, *model.graph.output)]
+        if self.plan.config.refit:
+            return tuple(tensor for tensor in described if tensor.name not in values)
+        return tuple(replace(tensor, dtype="float16") if tensor.name in values else tensor for tensor in described)
 
     def graph(self, name: str) -> Path:
         """The fp16 graph of a name, written when first asked for."""
@@ -301,13 +310,10 @@ def engine_file(name: str, rows: int) -> str:
     return f"{name}-{rows}.engine"
 
 
-def _tensors(model: ModelProto) -> tuple[Tensor, ...]:
-    def described(value: onnx.ValueInfoProto) -> Tensor:
-        kind = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        return Tensor(name=value.name, shape=tuple(axis.dim_value for axis in kind.shape.dim), dtype=str(dtype))
-
-    return tuple(described(value) for value in (*model.graph.input, *model.graph.output))
+def _described(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return Tensor(name=value.name, shape=tuple(axis.dim_value for axis in kind.shape.dim), dtype=str(dtype))
 
 
 def _remove_leftovers(engines: Path) -> None:
