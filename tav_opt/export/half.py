@@ -12,13 +12,14 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from tav_opt.config import InputError
 from tav_opt.export import sparse_causal
+from tav_opt.export.rounding import cast_to
 
 STATISTICS = ("InstanceNormalization", "Softmax")
 """Operators that stay in fp32: benchmarks/precision.py has the errors with and without each.
 
 LayerNormalization is none of them: its `stash_type` makes its statistics fp32 by the operator's own definition.
 """
-_SINUSOID = ("Sin", "Cos")
+SINUSOID = ("Sin", "Cos")
 """The timestep's embedding: its phases reach 999, where fp16 counts in halves."""
 
 Attention = Literal["plugin", "onnxruntime", "standard"]
@@ -38,7 +39,7 @@ def convert(model: ModelProto, values: Collection[str], islands: Iterable[str] =
         keep_io_types=kept,
         disable_shape_infer=True,  # the exporter wrote every type, and inference would stop at 2 GB
         op_block_list=list(islands),
-        node_block_list=[node.name for node in _ancestors(model, _SINUSOID)],
+        node_block_list=[node.name for node in _ancestors(model, SINUSOID)],
     )
     _join_islands(half)
     OnnxModel(half).topological_sort()  # the converter adds its casts at the end
@@ -48,7 +49,7 @@ def convert(model: ModelProto, values: Collection[str], islands: Iterable[str] =
 def _join_islands(model: ModelProto) -> None:
     """Where one fp32 node feeds another, the converter rounds to fp16 and back in between; they are joined here."""
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    to = {name: node.attribute[0].i for name, node in casts.items()}
+    to = {name: cast_to(node) for name, node in casts.items()}
     joined = {
         name: casts[node.input[0]].input[0]
         for name, node in casts.items()

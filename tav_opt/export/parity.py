@@ -39,11 +39,12 @@ TOLERANCES = {
 
 HALF_TOLERANCES = {
     "text_encoder": Tolerance(error=5e-3, reason="fp16 rounds by 5e-4, over the layers of a transformer"),
-    "vae_encoder": Tolerance(error=1e-2, reason="fp16 rounds by 5e-4, over a deep convolutional network"),
-    "unet": Tolerance(error=2e-2, reason="fp16 rounds by 5e-4, over the deepest of the networks, and its skips add"),
+    "vae_encoder": Tolerance(error=5e-3, reason="fp16 rounds by 5e-4, over a deep convolutional network"),
+    "unet": Tolerance(error=1e-2, reason="fp16 rounds by 5e-4, over the deepest of the networks, and its skips add"),
     "vae_decoder": Tolerance(error=1e-2, reason="about one grey level of 255"),
 }
-"""Of fp16 with fp32 islands: some 20 roundings that do not cancel; benchmarks/precision.py has what was measured."""
+"""Of fp16 with fp32 islands: 4 to 19 times what was measured on small models and SD 1.5's random weights, as trained
+ones are larger (text encoder 1.4e-3, VAE encoder 2.6e-4, UNet 1.8e-3, VAE decoder 2.2e-3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,11 @@ _MOVES |= {"Unsqueeze"}
 _NOT_FLOAT = {"Equal", "Greater", "IsInf", "IsNaN", "Less", "Shape", "Size"}
 
 
+def cast_to(node: NodeProto) -> int:
+    """The element type that a Cast gives; 0 for any other node."""
+    return next((a.i for a in node.attribute if a.name == "to"), 0) if node.op_type == "Cast" else 0
+
+
 def rounded(model: ModelProto) -> ModelProto:
     """Makes a flat fp16 graph one of fp32 nodes that round to fp16 and back, in place; names of tensors stay.
 
@@ -41,7 +46,7 @@ def _rounding(node: NodeProto, narrow: set[str], wide: dict[str, str]) -> list[N
     from_narrow = bool(node.input) and node.input[0] in narrow
     inputs = [wide.get(name, name) for name in node.input]
     if not is_narrow:
-        if node.op_type == "Cast" and from_narrow and node.attribute[0].i == TensorProto.FLOAT:
+        if from_narrow and cast_to(node) == TensorProto.FLOAT:
             return [make_node("Identity", inputs, node.output)]
         node.input[:] = inputs
         return [node]
@@ -64,7 +69,7 @@ def _is_narrow(node: NodeProto, narrow: set[str]) -> bool:
     """Whether a node gives fp16."""
     match node.op_type:
         case "Cast":
-            return node.attribute[0].i == TensorProto.FLOAT16
+            return cast_to(node) == TensorProto.FLOAT16
         case "CastLike":
             return node.input[1] in narrow
         case "Constant":

@@ -286,7 +286,7 @@ class _Maker:
             "card": card,
             "contract": asdict(self.contract),
             "contract_hash": self.contract.hash,
-            "islands": list(half.STATISTICS),
+            "islands": [*half.STATISTICS, *half.SINUSOID],
             "parity_of_graphs": parities,
             "parity_of_engines": compared,  # empty where they were built for another card than this machine's
             "made_of": self.manifest["files"],
