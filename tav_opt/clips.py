@@ -11,11 +11,10 @@ from pathlib import Path
 
 from tav_opt.config import InputError
 from tav_opt.contract import CLIP_NAME, STREAM_MODEL, VERSION, ClipInfo, check_clip_name
+from tav_opt.engines.tensorrt_library import ENGINES
 from tav_opt.export import repository as exported
 from tav_opt.export.repository import MANIFEST, locked
 from tav_opt.files import altered, read_json
-
-ENGINES = "engines"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -20,7 +22,7 @@ from onnx import TensorProto
 
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.engines import tensorrt_library
-from tav_opt.export import builder, estimate, graphs, half, layers, parity
+from tav_opt.export import builder, estimate, graphs, half, layers, parity, tensorrt
 from tav_opt.export.__main__ import main
 from tav_opt.export.rounding import cast_to, rounded
 from tav_opt.files import sha256
@@ -262,9 +264,27 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_a_missing_library_names_its_extra(target: tensorrt_library.Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, target.replace("-", "_"), None)
+    monkeypatch.setitem(sys.modules, target.replace("-", "_"), None)
     with pytest.raises(InputError, match=rf"pip install 'tav-opt\[{target}\]'"):
         tensorrt_library.load(target)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [("nvidia-h100-sm90", "or give --no-plugin"), ("tesla-t4-sm75", "compiled for sm80.*: give --no-plugin")],
+)
+def test_a_plugin_that_cannot_be_is_said_first(card: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT proper, as if it were there on a GPU: without `tensorrt.plugin`, then with it on too old a card."""
+    library = tensorrt_library.Library(target="tensorrt", trt=None, version="11.4")
+    monkeypatch.setattr(tensorrt_library, "load", lambda _: library)
+    monkeypatch.setattr(tensorrt_library, "present_card", lambda _: card)
+    modules = {"tensorrt": None} if "sm90" in card else {"tav_opt.export.tensorrt_plugin": ModuleType("stand_in")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(InputError, match=message):
+        tensorrt.plan(tensorrt.EngineConfig(target="tensorrt"))
+    found = tensorrt.plan(tensorrt.EngineConfig(target="tensorrt", plugin=False))
+    assert found.attention == "standard" and found.cards == (card,)
 
 
 def test_memory_is_counted_from_the_graph(unet: Path, rtx: tensorrt_library.Library) -> None:

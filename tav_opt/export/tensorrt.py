@@ -72,12 +72,34 @@ def plan(config: EngineConfig) -> Plan:
     if config.refit and not torch.cuda.is_available():
         raise InputError("--refit: both compilers ask a GPU for refittable engines, and PyTorch sees none")
     if not config.cards:
-        return Plan(config=config, library=library, cards=(tensorrt_library.present_card(library),))
+        found = Plan(config=config, library=library, cards=(tensorrt_library.present_card(library),))
+        if found.attention == "plugin":
+            _check_plugin(found.cards[0])
+        return found
     if config.target == "tensorrt":
         raise InputError(f"--arch {' '.join(config.cards)}: tensorrt builds for this machine's GPU only")
     for card in config.cards:
         builder.check_card(library, card, tensorrt_library.supported_cards(library))
     return Plan(config=config, library=library, cards=tuple(dict.fromkeys(config.cards)))
+
+
+def _check_plugin(card: str) -> None:
+    """Raises InputError where the plugin cannot be registered, or its kernel not be compiled for the card."""
+    try:
+        from tav_opt.export import tensorrt_plugin  # noqa: F401 (registers it)
+        from tav_opt.kernels.aot import ARCHITECTURES
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the plugin needs triton and TensorRT 10.9 or newer: pip install 'tav-opt[tensorrt]', or give --no-plugin "
+            f"({error})"
+        ) from None
+    if _architecture(card) not in ARCHITECTURES:
+        known = ", ".join(f"sm{architecture}" for architecture in ARCHITECTURES)
+        raise InputError(f"{card}: the plugin's kernel is compiled for {known}: give --no-plugin")
+
+
+def _architecture(card: str) -> int:
+    return int(card.rsplit("sm", 1)[-1])
 
 
 def export(
@@ -151,9 +173,12 @@ class _Maker:
             for name, all_rows in self.rows.items()
             for rows in all_rows
         }
-        attention = "plugin" if self.plan.attention == "plugin" else "standard"
-        values = "refit" if self.plan.config.refit else "inputs"
-        return Contract(base=self.exported.name, attention=attention, values=values, engines=engines)  # type: ignore[arg-type]
+        return Contract(
+            base=self.exported.name,
+            attention="plugin" if self.plan.attention == "plugin" else "standard",
+            values="refit" if self.plan.config.refit else "inputs",
+            engines=engines,
+        )
 
     def _tensors(self, name: str, rows: int) -> tuple[Tensor, ...]:
         """What an engine takes and gives, from the fp32 graph: only a clip's values change their type, or go inside."""
@@ -192,7 +217,7 @@ class _Maker:
         if self.plan.attention == "plugin":
             from tav_opt.export import tensorrt_plugin
 
-            tensorrt_plugin.for_architecture(int(card.rsplit("-sm", 1)[-1]))
+            tensorrt_plugin.for_architecture(_architecture(card))
         return builder.parse(self.plan.library, self.model(name, rows), self.graph(name))
 
     def check_memory(self, cards: dict[str, Path]) -> None:
