@@ -20,12 +20,16 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# TensorRT for RTX builds engines on any Linux machine; TensorRT's bindings, without its libraries, are the truth about the
+# signatures of its plugins. Their tests skip where either cannot be installed.
 # torch first and alone: a plain range of it takes the newest CUDA build, several GB.
 .venv/installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[cpu,dev]'
+	-$(PIP) --editable '.[tensorrt-rtx]'
+	-$(PIP) --no-deps tensorrt-cu13-bindings
 	touch $@
 
 # The server's wheel asks for numpy < 2. That is true of its Python backend, which gets one of its own, beside; its Python

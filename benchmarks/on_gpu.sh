@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that waits for a GPU, within ten minutes: tests, then attention, then latency. Every later GPU measurement joins it.
+# All that waits for a GPU, within ten minutes (more where TensorRT is installed): tests of the kernels and of TensorRT,
+# then attention, then latency. Every later GPU measurement joins it.
 # Results: benchmarks/results/<gpu>.json, <gpu>-latency.json and the tables in <gpu>.md. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +14,7 @@ GPU=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_d
 RESULTS=benchmarks/results
 mkdir -p "$RESULTS"
 timeout 150 "$PYTHON" -m pytest tests/test_kernels_gpu.py
+timeout 240 "$PYTHON" -m pytest -rs tests/test_tensorrt_gpu.py
 timeout 240 "$PYTHON" benchmarks/attention.py --out "$RESULTS/$GPU.json" | tee "$RESULTS/$GPU.md"
 timeout 200 "$PYTHON" benchmarks/latency.py --preset sd15 --engines pytorch --steps 10 --calls 3 \
     --out "$RESULTS/$GPU-latency.json" | tee -a "$RESULTS/$GPU.md"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tqdm import tqdm
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
 
 from tav_opt import command
 from tav_opt.config import ClipConfig, EditConfig, TrainConfig
@@ -20,7 +20,10 @@ from tav_opt.config import ClipConfig, EditConfig, TrainConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from tav_opt.clips import Clip
 
+
+REPOSITORY = Path("serving/model_repository")
 Dtype = Literal["float32", "float16", "bfloat16"]
 Prompts = Annotated[UseAppendAction[tuple[str, ...]], arg(name="prompt", help="What to draw; give it once per edit.")]
 Guidance = Annotated[float, arg(name="guidance", help="Classifier-free guidance scale.")]
@@ -73,6 +76,41 @@ class Request(EditConfig):
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListClips:
+    """Names, frames, sizes, bases and captions of the exported clips."""
+
+    repository: Path = REPOSITORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddClip:
+    """Export a tuned clip; where its base is there in its size, its values are copied and no graph is exported."""
+
+    checkpoint: Positional[Path]
+    """Folder that `tav-opt tune` wrote."""
+    repository: Path = REPOSITORY
+    name: str | None = None
+    """The clip's name there (the checkpoint folder's)."""
+    base: str | None = None
+    """The base model, where it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveClips:
+    """Remove clips, and bases that no clip needs any more."""
+
+    names: Positional[tuple[str, ...]]
+    repository: Path = REPOSITORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyClips:
+    """Compare all files of clips, bases and engines with the hashes kept with them; exit status 1 where one differs."""
+
+    repository: Path = REPOSITORY
 
 
 def tune(arguments: Sequence[str]) -> None:
@@ -162,6 +200,42 @@ def export(arguments: Sequence[str]) -> int:
     return export_main(arguments)
 
 
+def clips(arguments: Sequence[str]) -> int:
+    """List, add, remove or verify exported clips."""
+    args = tyro.cli(
+        Annotated[ListClips, subcommand("list")]
+        | Annotated[AddClip, subcommand("add")]
+        | Annotated[RemoveClips, subcommand("remove")]
+        | Annotated[VerifyClips, subcommand("verify")],
+        prog="tav-opt clips",
+        args=arguments,
+    )
+    from tav_opt import clips
+
+    match args:
+        case ListClips():
+            for clip in clips.clips(args.repository):
+                print(_described(clip))
+        case AddClip():
+            added = clips.add(args.checkpoint, args.repository, name=args.name, base=args.base)
+            how = "with the graphs of its base" if added.graphs else "its base was there"
+            print(f"{_described(added.clip)}\nadded in {added.seconds:.1f} s, {how}")
+        case RemoveClips():
+            for base in clips.remove(args.repository, args.names):
+                print(f"base {base}: removed, no clip needs it")
+        case VerifyClips():
+            problems = clips.verify(args.repository)
+            print(*problems or ["all files are as they were written"], sep="\n")
+            return 1 if problems else 0
+    return 0
+
+
+def _described(clip: Clip) -> str:
+    info = clip.info
+    share = f"{clip.size / 1e6:.1f} MB, base {info.exported_base} {clip.base_size / 1e6:.1f} MB"
+    return f"{clip.name}: {info.frames} frames of {info.width}×{info.height}, {share}: {info.prompt}"
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Tune, export, serve and edit one clip, then show the result."""
     from tav_opt.demo import run
@@ -204,6 +278,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "export": export,
     "serve": serve,
     "request": request,
+    "clips": clips,
 }
 
 

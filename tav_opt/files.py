@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,3 +68,10 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def altered(folder: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Names of files in a folder that are missing, or whose content has another SHA-256."""
+    return [
+        name for name, expected in hashes.items() if not (folder / name).is_file() or sha256(folder / name) != expected
+    ]

@@ -20,7 +20,7 @@ ROWS = (
     ("memory",),
     ("tuning", "editing", "engines"),
     ("export", "serving", "client"),
-    ("demo",),
+    ("demo", "clips"),
     ("cli",),
 )
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -63,7 +63,7 @@ def export(
             raise InputError(f"--video and --prompt are for what the reference saved; {checkpoint_dir} has its own")
         tuned = checkpoint.load(checkpoint_dir)
     folder = Path(repository) / STREAM_MODEL / str(VERSION)
-    with _locked(folder):
+    with locked(folder):
         exported = folder / "base" / tuned.info.exported_base
         if not exported.exists():
             _write_base(tuned, exported, base, on_graph)
@@ -77,7 +77,7 @@ def _name_of(folder: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One export at a time: the second of two that need the same base finds it there."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -130,12 +130,13 @@ def _base_manifest(
         "values": {name: graphs.input_name(name) for name in tuned.values},
         "parity": {name: result.to_json() for name, result in found.items()},
         "versions": {package: version(package) for package in _PACKAGES},
-        "files": _hashes(folder),
+        "files": hashes(folder),
     }
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of all files in a folder."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def _write_clip(tuned: Checkpoint, folder: Path) -> Path:
@@ -148,7 +149,7 @@ def _write_clip(tuned: Checkpoint, folder: Path) -> Path:
         temporary.mkdir()
         checkpoint.save_tensors(tuned.values, temporary / VALUES)
         checkpoint.save_tensors(latents, temporary / LATENTS)
-        write_json(temporary / MANIFEST, {**tuned.info.to_json(), "files": _hashes(temporary)})
+        write_json(temporary / MANIFEST, {**tuned.info.to_json(), "files": hashes(temporary)})
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)

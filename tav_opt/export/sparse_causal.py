@@ -13,7 +13,8 @@ NAME = "SparseCausalAttention"
 OPSET = 20
 
 Body = Literal["onnxruntime", "standard"]
-"""onnxruntime: its fused attention, whose memory is linear in n. standard: ONNX operators only; scores are n × 2n."""
+"""onnxruntime: its fused attention, whose memory is linear in n. standard: ONNX operators only; scores are n × 2n,
+and their softmax is fp32 in every precision."""
 
 _FORMAL = onnx.defs.OpSchema.FormalParameter
 _ATTRIBUTE = onnx.defs.OpSchema.Attribute
@@ -73,7 +74,9 @@ _ATTENTION: dict[Body, str] = {
         root = Sqrt (head_width_like)
         q_scaled = Div (q_heads, root)
         scores = MatMul (q_scaled, k_heads)
-        weights = Softmax <axis = -1> (scores)
+        scores_single = Cast <to = 1> (scores)
+        weights_single = Softmax <axis = -1> (scores_single)
+        weights = CastLike (weights_single, q)
         heads_out = MatMul (weights, v_heads)
         out_split = Transpose <perm = [0, 2, 1, 3]> (heads_out)
         out_size = Shape (q)

@@ -1,0 +1,96 @@
+"""What a second clip costs on disk, in seconds and in memory: `python benchmarks/clips.py --help`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import tyro
+from common import header, machine
+from presets import prepare
+
+from tav_opt import checkpoint, clips, command
+from tav_opt.engines.onnxruntime import OnnxBase, OnnxEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Add clips to one base, then hold all of them open at once in ONNX Runtime."""
+
+    preset: str = "demo"
+    """demo, sd15 (random weights), or a checkpoint's folder."""
+    count: int = 8
+    frames: int = 24
+    size: int | None = None
+    """Pixels of a side; default: the model's own."""
+    out: Path = Path("benchmarks/results/clips.json")
+
+
+def main(config: Clips) -> int:
+    """Measures and prints; returns the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure(config, Path(folder))
+    print(header(f"{config.count} clips on one base, {config.preset}, {config.frames} frames"))
+    print(*(f"- {name}: {value}" for name, value in rows.items()), sep="\n")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({"machine": machine(), "measured": rows}, indent=2) + "\n")
+    return 0
+
+
+def _measure(config: Clips, work: Path) -> dict[str, float | str]:
+    ckpt = prepare(config.preset, work, frames=config.frames, size=config.size, steps=2)
+    repository = work / "repository"
+    first = clips.add(ckpt, repository, name="clip-0")
+    tuned = checkpoint.load(ckpt)
+    seconds = []
+    for number in range(1, config.count):
+        other = replace(tuned, values={name: value + number / 1000 for name, value in tuned.values.items()})
+        checkpoint.save(other, work / "other", settings={})
+        added = clips.add(work / "other", repository, name=f"clip-{number}")
+        assert not added.graphs
+        seconds.append(added.seconds)
+    share = added.clip.size / added.clip.base_size
+    del tuned, other
+    version = clips.version_folder(repository)
+    values = (version / "clips" / "clip-1" / "values.safetensors").stat().st_size
+    before = _resident()
+    base = OnnxBase.open(version / "base" / added.clip.info.exported_base, threads=2)
+    engines = [_opened(version, base, 0)]
+    resident = [_resident()]
+    for number in range(1, config.count):
+        engines.append(_opened(version, base, number))
+        resident.append(_resident())
+    return {
+        "base on disk, MB": round(added.clip.base_size / 1e6, 1),
+        "clip on disk, MB": round(added.clip.size / 1e6, 2),
+        "clip over base": f"{share:.1%}",
+        "seconds to add the first clip, with its graphs": round(first.seconds, 1),
+        "seconds to add another, the longest": round(max(seconds), 2),
+        "resident with one clip, MB": round((resident[0] - before) / 1e6, 1),
+        f"resident with {config.count} clips, MB": round((resident[-1] - before) / 1e6, 1),
+        "a further clip, median, MB": round(float(np.median(np.diff(resident))) / 1e6, 2),
+        "its values, held in fp32, MB": round(2 * values / 1e6, 2),
+    }
+
+
+def _opened(version: Path, base: OnnxBase, number: int) -> OnnxEngine:
+    """A clip that has predicted once: its buffers are there."""
+    engine = OnnxEngine.open(version / "clips" / f"clip-{number}", base)
+    engine.predict(engine.inverted_latents, 501, engine.encode_text(["a panda"]))
+    return engine
+
+
+def _resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Clips, prog="benchmarks/clips.py")
+    sys.exit(command.run("benchmarks/clips.py", lambda: main(arguments)))

@@ -1,0 +1,186 @@
+"""What each fp32 island of the fp16 UNet is worth, in error: `python benchmarks/precision.py --help`.
+
+Every value that is fp16 in the graph is rounded to fp16 here (onnxruntime on a CPU would keep more). Without its island
+an operator is taken apart into steps that are rounded one by one, as a compiler may run it in fp16. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+import tyro
+from common import header, machine
+from presets import prepare
+from torch import Tensor
+
+from tav_opt import command, ddim
+from tav_opt.checkpoint import load_tensors
+from tav_opt.contract import ClipInfo
+from tav_opt.engines.onnxruntime import OnnxEngine, open_clip, session
+from tav_opt.export import half, layers, repository
+from tav_opt.export.rounding import rounded
+from tav_opt.files import read_json
+
+NORMS, SOFTMAX, SINUSOID = ("InstanceNormalization",), ("Softmax",), ("Sin", "Cos")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "all islands": (),
+    "without norm statistics": NORMS,
+    "without softmax": SOFTMAX,
+    "without the timestep's sinusoid": SINUSOID,
+    "no islands": (*NORMS, *SOFTMAX, *SINUSOID),
+}
+"""Which operators run in fp16 that are islands otherwise."""
+
+_ROUND = "h = Cast <to = 10> (x)"
+STEPS = {
+    "Softmax": f"""(x) => (y) {{
+        {_ROUND}
+        axes = Constant <value_ints = [-1]> ()
+        top = ReduceMax (h, axes)
+        below = Sub (h, top)
+        e = Exp (below)
+        total = ReduceSum (e, axes)
+        share = Div (e, total)
+        y = Cast <to = 1> (share)
+    }}""",
+    "InstanceNormalization": f"""<epsilon> (x, scale, bias) => (y) {{
+        {_ROUND}
+        axes = Constant <value_ints = [2]> ()
+        mean = ReduceMean (h, axes)
+        centred = Sub (h, mean)
+        square = Mul (centred, centred)
+        variance = ReduceMean (square, axes)
+        small = Constant <value_float: float = @epsilon> ()
+        small_half = Cast <to = 10> (small)
+        padded = Add (variance, small_half)
+        deviation = Sqrt (padded)
+        normal = Div (centred, deviation)
+        one = Constant <value_ints = [1]> ()
+        scale_half = Cast <to = 10> (scale)
+        bias_half = Cast <to = 10> (bias)
+        scale_wide = Unsqueeze (scale_half, one)
+        bias_wide = Unsqueeze (bias_half, one)
+        scaled = Mul (normal, scale_wide)
+        moved = Add (scaled, bias_wide)
+        y = Cast <to = 1> (moved)
+    }}""",
+    "Sin": f"(x) => (y) {{ {_ROUND} s = Sin (h) y = Cast <to = 1> (s) }}",
+    "Cos": f"(x) => (y) {{ {_ROUND} s = Cos (h) y = Cast <to = 1> (s) }}",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Errors of the fp16 UNet with and without its islands, layer by layer and in decoded frames."""
+
+    preset: str = "demo"
+    """demo, sd15 (random weights), or a checkpoint's folder."""
+    frames: int = 8
+    size: int | None = None
+    """Pixels of a side; default: the model's own."""
+    steps: int = 50
+    guidance_scale: float = 12.5
+    out: Path = Path("benchmarks/results/precision.json")
+
+
+def narrowed(model: onnx.ModelProto, op_types: Collection[str]) -> onnx.ModelProto:
+    """Islands of these operators become steps in fp16."""
+    for node in model.graph.node:
+        if node.op_type in op_types:
+            node.domain = "steps"
+            kept = [a for a in node.attribute if a.name == "epsilon"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    opset = next(o.version for o in model.opset_import if not o.domain)
+    for op_type in op_types:
+        text = f'<domain: "steps", opset_import: ["" : {opset}]> {op_type} {STEPS[op_type]}'
+        model.functions.append(onnx.parser.parse_function(text))
+    model.opset_import.append(onnx.helper.make_opsetid("steps", 1))
+    return onnx.inliner.inline_local_functions(model)
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal to noise in dB of uint8 frames."""
+    error = np.mean((found.astype(np.float64) - expected) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def sampled(engine: OnnxEngine, path: Path | None, values: dict[str, np.ndarray], config: Precision) -> np.ndarray:
+    """Frames of a guided sampling, the noise predicted by a graph of b = 2, or by the engine itself."""
+    predict: ddim.Predict = engine.predict
+    if path is not None:
+        run = session(path, torch.device("cpu")).run
+
+        def predict(latents: Tensor, timestep: int, text: Tensor) -> Tensor:
+            timesteps = np.full(latents.shape[0], timestep, np.int64)
+            feed = {"latents": latents.numpy(), "timestep": timesteps, "text": text.numpy(), **values}
+            return torch.from_numpy(run(None, feed)[0])
+
+    text = engine.encode_text(["", "a panda on the beach"])
+    latents = ddim.sample(
+        predict, engine.inverted_latents, text[1:], engine.schedule, config.steps,
+        unconditional=text[:1], guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+    return engine.decode(latents)
+
+
+def main(config: Precision) -> int:
+    """Exports, then measures every variant; returns 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        ckpt = prepare(config.preset, work, frames=config.frames, size=config.size, steps=config.steps)
+        clip = repository.export(ckpt, work / "repository", name="clip")
+        rows = _measure(config, work, open_clip(work / "repository", "clip"), clip)
+    print(header(f"fp16 UNet, {config.preset}, {config.frames} frames, {config.steps} steps, guidance "
+                 f"{config.guidance_scale}"))  # fmt: skip
+    print("\n| fp16 graph | worst layer | its error | error of the noise | PSNR of the frames, dB |")
+    print("|---|---|---:|---:|---:|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['layer']} | {row['worst']:.1e} | {row['noise']:.1e} | {row['psnr']:.1f} |")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    return 0
+
+
+def _measure(config: Precision, work: Path, engine: OnnxEngine, clip: Path) -> dict[str, dict[str, float | str]]:
+    base = clip.parents[1] / "base" / ClipInfo.from_json(read_json(clip / "manifest.json")).exported_base
+    tensors = load_tensors(clip / "values.safetensors")
+    values = {engine.base.value_inputs[name]: value.half().numpy() for name, value in tensors.items()}
+    graph = half.write(base / "unet.onnx", work / "unet.half.onnx", set(values))
+    reference = work / "reference.onnx"
+    os.link(base / "unet.onnx.data", work / "unet.onnx.data")  # where the copy looks for its weights
+    onnx.save(half.fixed(base / "unet.onnx", 2, "standard"), reference)
+    expected = sampled(engine, None, values, config)
+    both = torch.cat([engine.inverted_latents] * 2)
+    feed = {
+        "latents": both.numpy(),
+        "timestep": np.full(2, 981, np.int64),
+        "text": engine.encode_text(["", "a panda on the beach"]).numpy(),
+        **values,
+    }
+    rows: dict[str, dict[str, float | str]] = {}
+    for name, op_types in VARIANTS.items():
+        path = work / "variant.onnx"
+        onnx.save(rounded(narrowed(half.fixed(graph, 2, "standard"), op_types)), path)
+        found = layers.by_layer(reference, path, feed, work)
+        worst = max(found, key=lambda d: d.error)
+        noise = next(d for d in found if d.tensor == "noise")
+        quality = psnr(sampled(engine, path, values, config), expected)
+        rows[name] = {"layer": worst.tensor, "worst": worst.error, "noise": noise.error, "psnr": quality}
+        print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Precision, prog="benchmarks/precision.py")
+    sys.exit(command.run("benchmarks/precision.py", lambda: main(arguments)))

@@ -1,0 +1,457 @@
+"""Export to TensorRT: the fp16 graphs, the plugin's graph, and real engines of TensorRT for RTX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnxruntime
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from exported import FRAMES, Exported, export_once
+from onnx import TensorProto
+
+from tav_opt.config import InputError, TrainConfig
+from tav_opt.engines import tensorrt_library
+from tav_opt.export import builder, estimate, graphs, half, layers, parity, tensorrt
+from tav_opt.export.__main__ import main
+from tav_opt.export.rounding import cast_to, rounded
+from tav_opt.files import sha256
+from tav_opt.unet import clip_value_names, inflate
+
+pytest.importorskip("polygraphy")
+
+
+@pytest.fixture(scope="module")
+def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_once(golden, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def rtx() -> tensorrt_library.Library:
+    pytest.importorskip("tensorrt_rtx")
+    return tensorrt_library.load("tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def unet(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's UNet in fp16."""
+    names = json.loads((exported.base / "manifest.json").read_text())["values"].values()
+    return half.write(exported.base / "unet.onnx", tmp_path_factory.mktemp("half") / "unet.half.onnx", set(names))
+
+
+def check(model: onnx.ModelProto, beside: Path) -> None:
+    """ONNX's own checker, which looks for the weights beside the file."""
+    path = beside.with_name("checked.onnx")
+    onnx.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types of all tensors, as ONNX's own strict inference finds them."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    graph = inferred.graph
+    found = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    return found | {i.name: i.data_type for i in graph.initializer}
+
+
+def test_the_graph_is_fp16_but_for_its_islands(exported: Exported, unet: Path) -> None:
+    model = half.fixed(unet, 2, "standard")
+    check(model, unet)
+    found = types(model)
+    values = set(json.loads((exported.base / "manifest.json").read_text())["values"].values())
+    for tensor in model.graph.input:
+        kind = TensorProto.FLOAT16 if tensor.name in values else TensorProto.FLOAT
+        assert found[tensor.name] == (TensorProto.INT64 if tensor.name == "timestep" else kind), tensor.name
+    wide = {"InstanceNormalization", "Softmax", "Sin", "Cos"}
+    for node in model.graph.node:
+        if node.op_type in wide:
+            assert found[node.input[0]] == found[node.output[0]] == TensorProto.FLOAT, node.name
+        if node.op_type in ("Conv", "MatMul", "Gemm", "SparseCausalAttention"):
+            assert all(found[name] == TensorProto.FLOAT16 for name in node.input if name), node.name
+    assert wide <= {node.op_type for node in model.graph.node}
+
+
+def test_the_sinusoid_is_whole(unet: Path) -> None:
+    """Nothing between the timestep and its sines is rounded to fp16, where phases near 999 count in halves."""
+    model = half.fixed(unet, 1, "standard")
+    producers = {name: node for node in model.graph.node for name in node.output}
+    waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        assert cast_to(node) != TensorProto.FLOAT16, node.name
+        waiting += [producers[name] for name in node.input if name in producers]
+
+
+def test_the_plugin_graph_has_the_nodes_and_nothing_of_their_body(exported: Exported, unet: Path) -> None:
+    plugin, standard = half.fixed(unet, 2, "plugin"), half.fixed(unet, 2, "standard")
+    names = json.loads((exported.base / "manifest.json").read_text())["values"]
+    attentions = sum(name.endswith("attn1.to_q.weight") for name in names)
+    nodes = [node for node in plugin.graph.node if node.domain == "tav_opt"]
+    assert len(nodes) == attentions > 0 and not plugin.functions
+    for node in nodes:
+        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        wanted = {"frames": FRAMES, "heads": 4, "plugin_namespace": b"tav_opt", "plugin_version": b"1", "aot": 1}
+        assert found == wanted
+    counts = [Counter(node.op_type for node in model.graph.node) for model in (plugin, standard)]
+    assert counts[1]["Softmax"] - counts[0]["Softmax"] == attentions
+    assert counts[1]["MatMul"] - counts[0]["MatMul"] == 2 * attentions
+    assert counts[1]["SparseCausalAttention"] == 0
+
+
+def test_shapes_are_static(unet: Path) -> None:
+    for rows in (1, 2):
+        model = half.fixed(unet, rows, "standard")
+        for tensor in (*model.graph.input, *model.graph.output):
+            assert all(axis.dim_value > 0 for axis in tensor.type.tensor_type.shape.dim), tensor.name
+
+
+def test_a_baked_graph_has_the_values_inside(exported: Exported, unet: Path) -> None:
+    model = half.fixed(unet, 1, "standard")
+    name = model.graph.input[3].name
+    shape = [axis.dim_value for axis in model.graph.input[3].type.tensor_type.shape.dim]
+    half.bake(model, [onnx.numpy_helper.from_array(np.ones(shape, np.float16), name)])
+    check(model, unet)
+    assert name in {i.name for i in model.graph.initializer} - {i.name for i in model.graph.input}
+
+
+def run(exported: Exported, repository: Path, *arguments: str) -> int:
+    return main([str(exported.checkpoint), "--repository", str(repository), "--name", "first", *arguments])
+
+
+def folders(repository: Path) -> list[Path]:
+    return [path for path in repository.glob("*/1/base/*/engines/*") if path.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def copied(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of one's own, to put engines into."""
+    return Path(shutil.copytree(exported.repository, tmp_path_factory.mktemp("engines") / "repository"))
+
+
+@pytest.fixture(scope="module")
+def engines(exported: Exported, copied: Path, rtx: tensorrt_library.Library) -> Path:
+    """The small model's engines for sm89."""
+    assert run(exported, copied, "--target", "tensorrt-rtx", "--arch", "sm89") == 0
+    (folder,) = folders(copied)
+    return folder
+
+
+def test_engines_are_named_and_described(
+    engines: Path, rtx: tensorrt_library.Library, exported: Exported, unet: Path
+) -> None:
+    graph = half.fixed(unet, 2, "standard").graph
+    manifest = json.loads((engines / "manifest.json").read_text())
+    assert engines.name == f"tensorrt-rtx-{rtx.version}-sm89-{manifest['contract_hash'][:12]}"
+    assert manifest["files"] == {path.name: sha256(path) for path in engines.glob("*.engine")}
+    assert set(manifest["files"]) == {
+        "text_encoder-1.engine", "vae_encoder-4.engine", "unet-1.engine", "unet-2.engine", "vae_decoder-4.engine",
+    }  # fmt: skip
+    assert all(path.stat().st_size > 10_000 for path in engines.glob("*.engine"))
+    taken = manifest["contract"]["engines"]["unet-2.engine"]
+    assert [(t["name"], t["shape"]) for t in taken] == [
+        (t.name, [axis.dim_value for axis in t.type.tensor_type.shape.dim]) for t in (*graph.input, *graph.output)
+    ]
+    assert taken[0] == {"name": "latents", "shape": [2, 4, FRAMES, 8, 8], "dtype": "float32"}
+    assert {tensor["dtype"] for tensor in taken[3:-1]} == {"float16"}
+    for name, found in manifest["parity_of_graphs"].items():
+        assert 0 < found["onnxruntime"] <= parity.HALF_TOLERANCES[name].error
+    assert manifest["made_of"] == json.loads((exported.base / "manifest.json").read_text())["files"]
+    assert not [path for path in engines.parent.iterdir() if path.is_dir() and path != engines]
+
+
+def test_engines_that_are_there_are_left(
+    exported: Exported, engines: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a killed build left beside them goes."""
+    monkeypatch.setattr(builder, "build", lambda *_, **__: pytest.fail("built again"))
+    killed = engines.parent / ".work-killed"
+    killed.mkdir()
+    (killed / "unet.half.onnx").write_bytes(b"half")
+    before = {path: path.stat().st_mtime_ns for path in engines.iterdir()}
+    assert run(exported, copied, "--target", "tensorrt-rtx", "--arch", "sm89") == 0
+    assert not killed.exists()
+    assert {path: path.stat().st_mtime_ns for path in engines.iterdir()} == before
+
+
+def test_engines_of_other_cards_and_versions_are_refused(engines: Path, rtx: tensorrt_library.Library) -> None:
+    manifest = json.loads((engines / "manifest.json").read_text())
+    tensorrt_library.check_fits(manifest, rtx, "sm89", engines)
+    for changed, card, message in (
+        ({}, "sm120", "card 'sm89', here it is 'sm120'"),
+        ({"tensorrt": "1.0"}, "sm89", "version '1.0'"),
+        ({"target": "tensorrt"}, "sm89", "target 'tensorrt'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tensorrt_library.check_fits(manifest | changed, rtx, card, engines)
+
+
+def test_an_interrupted_build_leaves_nothing(
+    exported: Exported, engines: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C arrives inside the compiler's callback, after the first engine was built."""
+    built = builder.build
+    calls = []
+
+    def interrupted(parsed: builder.Network, **settings: object) -> tuple[bytes, bytes]:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        calls.append(parsed)
+        return built(parsed, **settings | ({"on_progress": stop} if len(calls) == 2 else {}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builder, "build", interrupted)
+    assert run(exported, copied, "--target", "tensorrt-rtx", "--arch", "sm86") == 130
+    assert len(calls) == 2
+    assert folders(copied) == [engines]
+
+
+def test_a_graph_over_its_tolerance_is_not_built(
+    exported: Exported, engines: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = {name: parity.Tolerance(error=1e-7, reason="a test") for name in parity.HALF_TOLERANCES}
+    monkeypatch.setattr(parity, "HALF_TOLERANCES", strict)
+    assert run(exported, copied, "--target", "tensorrt-rtx", "--arch", "sm86", "--debug-parity") == 1
+    found = capsys.readouterr()
+    assert "is the first layer that departs" in found.out + found.err
+    assert "text_encoder: error" in found.err and "no engine was written" in found.err
+    assert folders(copied) == [engines]
+
+
+def test_an_altered_graph_is_refused(
+    exported: Exported, rtx: tensorrt_library.Library, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = Path(shutil.copytree(exported.repository, tmp_path / "repository"))
+    (path,) = repository.glob("*/1/base/*/unet.onnx")
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert run(exported, repository, "--target", "tensorrt-rtx", "--arch", "sm86") == 2
+    assert "unet.onnx altered after export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "tensorrt-rtx", "--arch", "sm42"], "arch 'sm42' is unknown"),
+        (["--target", "tensorrt-rtx"], "PyTorch sees no CUDA GPU"),
+        (["--target", "tensorrt-rtx", "--arch", "sm89", "--refit"], "--refit"),
+        (["--target", "onnx", "--arch", "sm89"], "--arch"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    arguments: list[str],
+    message: str,
+    exported: Exported,
+    rtx: tensorrt_library.Library,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the GPU that the messages miss")
+    assert run(exported, tmp_path / "new", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_library_names_its_extra(target: tensorrt_library.Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, target.replace("-", "_"), None)
+    with pytest.raises(InputError, match=rf"pip install 'tav-opt\[{target}\]'"):
+        tensorrt_library.load(target)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [("nvidia-h100-sm90", "or give --no-plugin"), ("tesla-t4-sm75", "compiled for sm80.*: give --no-plugin")],
+)
+def test_a_plugin_that_cannot_be_is_said_first(card: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT proper, as if it were there on a GPU: without `tensorrt.plugin`, then with it on too old a card."""
+    library = tensorrt_library.Library(target="tensorrt", trt=None, version="11.4")
+    monkeypatch.setattr(tensorrt_library, "load", lambda _: library)
+    monkeypatch.setattr(tensorrt_library, "present_card", lambda _: card)
+    modules = {"tensorrt": None} if "sm90" in card else {"tav_opt.export.tensorrt_plugin": ModuleType("stand_in")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(InputError, match=message):
+        tensorrt.plan(tensorrt.EngineConfig(target="tensorrt"))
+    found = tensorrt.plan(tensorrt.EngineConfig(target="tensorrt", plugin=False))
+    assert found.attention == "standard" and found.cards == (card,)
+
+
+def test_memory_is_counted_from_the_graph(unet: Path, rtx: tensorrt_library.Library) -> None:
+    """The largest tensor is the scores of the widest attention, in fp32: (b f) heads n 2n."""
+    need = estimate.needed(builder.parse(rtx, half.fixed(unet, 2, "standard"), unet), weights=7)
+    heads, n = 4, 64
+    assert need.largest == 2 * FRAMES * heads * n * 2 * n * 4
+    assert need.largest < need.activations < 4 * need.largest
+    assert need.total == need.activations + 7
+
+
+def test_sizes_that_cannot_fit_name_the_plugin(rtx: tensorrt_library.Library) -> None:
+    """512² and 24 frames: 51 GB of scores in fp32, as much as no card of sm89 has."""
+    scores = 2 * 24 * 8 * 4096 * 8192 * 4
+    need = estimate.Needed(weights=2 * 10**9, activations=scores * 3 // 2, largest=scores)
+    with pytest.raises(InputError, match=r"73\.9 GiB \(48\.0 GiB for one tensor\).*48\.0 GiB.*plugin"):
+        estimate.check_gpu(need, rtx, "sm89", "unet at 2")
+    estimate.check_gpu(need, rtx, "sm120", "unet at 2")
+
+
+def test_too_little_host_memory_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unet.onnx.data").write_bytes(bytes(1000))
+    monkeypatch.setattr(estimate, "_HOST_FACTOR", 10**12)
+    with pytest.raises(InputError, match=r"about \d+\.\d GiB of memory, \d+\.\d GiB is free"):
+        estimate.check_host(tmp_path / "unet.onnx.data")
+
+
+def test_a_graph_that_no_parser_reads_is_one_line(unet: Path, rtx: tensorrt_library.Library) -> None:
+    """RTX has no plugins: the plugin's graph fails, and the first node that failed is named."""
+    with pytest.raises(builder.BuildError, match=r"first node_sparse_causal_attention: .*[Pp]lugin") as error:
+        builder.parse(rtx, half.fixed(unet, 1, "plugin"), unet)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def sd_shaped() -> torch.nn.Module:
+    """Two blocks with Stable Diffusion's widths: heads of 40 and 80, text of 768, groups of 32."""
+    torch.manual_seed(0)
+    image = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(320, 640),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    )
+    return inflate(image).eval().requires_grad_(False)
+
+
+def test_two_blocks_of_stable_diffusions_widths(rtx: tensorrt_library.Library, tmp_path: Path) -> None:
+    """Exported, fp16 within its tolerance of eager PyTorch, and built for two cards."""
+    unet = sd_shaped()
+    parameters = dict(unet.named_parameters())
+    values = {name: parameters[name] for name in clip_value_names(unet, TrainConfig.trainable)}
+    graph = graphs.Graph(
+        name="unet",
+        module=graphs.ClipUNet(unet),
+        inputs={
+            "latents": torch.zeros(2, 4, 2, 16, 16),
+            "timestep": torch.zeros(2, dtype=torch.int64),
+            "text": torch.zeros(2, 77, 768),
+        },
+        output="noise",
+        axis="b",
+        values=values,
+        below=1000,
+    )
+    names = set(map(graphs.input_name, values))
+    path = half.write(graphs.write(graph, tmp_path), tmp_path / "unet.half.onnx", names)
+    onnx.save(rounded(half.fixed(path, 1, "standard")), tmp_path / "unet-1.onnx")
+    found = parity.measure_half(
+        graph, [layers.onnxruntime_runner(tmp_path / "unet-1.onnx", "onnxruntime")], parity.feeds(graph, 1)
+    )
+    parity.check_half("unet", found)
+    for card in ("sm89", "sm120"):
+        engine, _ = builder.build(builder.parse(rtx, half.fixed(path, 1, "standard"), path), card=card)
+        assert len(engine) > path.with_name("unet.half.onnx.data").stat().st_size, card
+
+
+def test_a_layer_that_departs_is_named(tmp_path: Path) -> None:
+    """One constant in the middle is changed: the layer that reads it is the first to depart."""
+    source = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[2, 3] x) => (float[2, 3] y) <float[1] a = {2.0}, float[1] c = {CHANGED}> {
+            first = Mul (x, a)
+            second = Add (first, c)
+            y = Mul (second, a)
+        }
+    """
+    paths = []
+    for name, value in (("reference", "1.0"), ("graph", "1.5")):
+        onnx.save(onnx.parser.parse_model(source.replace("CHANGED", value)), tmp_path / f"{name}.onnx")
+        paths.append(tmp_path / f"{name}.onnx")
+    found = layers.by_layer(*paths, {"x": np.ones((2, 3), np.float32)}, tmp_path)
+    assert [d.tensor for d in found] == ["first", "second", "y"]
+    assert [round(d.error, 3) for d in found] == [0, round(0.5 / 3, 3), round(1 / 6, 3)]
+    assert parity.first_departure(found, 1e-2).startswith("second is the first layer that departs")
+
+
+ROUNDED = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    g (float16[3, 5] x, float[3, 5] wide) => (float[3, 5] out, float16[3, 5] narrow) <float[1] thousand = {1000.0}> {
+        c = Cast <to = 10> (thousand)
+        big = Add (x, c)
+        lost = Sub (big, c)
+        size = Abs (lost)
+        sharp = Sqrt (size)
+        turned = Transpose <perm = [1, 0]> (sharp)
+        back = Transpose <perm = [1, 0]> (turned)
+        single = Cast <to = 1> (back)
+        island = Div (single, wide)
+        again = Cast <to = 10> (island)
+        like = CastLike (wide, x)
+        narrow = Mul (again, like)
+        out = Cast <to = 1> (narrow)
+    }
+"""
+
+
+def test_rounding_is_that_of_true_fp16() -> None:
+    """Bit for bit what numpy makes of the same graph in float16, where onnxruntime alone keeps more."""
+    model = onnx.parser.parse_model(ROUNDED)
+    generator = np.random.default_rng(0)
+    feed = {
+        "x": generator.standard_normal((3, 5)).astype(np.float16),
+        "wide": generator.uniform(1, 2, (3, 5)).astype(np.float32),
+    }
+    truth = onnx.reference.ReferenceEvaluator(model).run(None, feed)
+    unrounded = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    assert not np.array_equal(unrounded[0], truth[0]), "onnxruntime rounds by itself: the emulation can go"
+    found = onnxruntime.InferenceSession(rounded(model).SerializeToString()).run(None, feed)
+    for value, expected in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(value, expected.astype(np.float32))
+
+
+# What engines/tensorrt.py and export/builder.py use of the compiled module, by class.
+USED = {
+    "ICudaEngine": (
+        "create_execution_context get_tensor_name get_tensor_shape get_tensor_dtype get_tensor_mode num_io_tensors"
+    ),
+    "IExecutionContext": "set_tensor_address execute_async_v3",
+    "Runtime": "deserialize_cuda_engine",
+    "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
+    "Builder": "create_network create_builder_config build_serialized_network",
+    "IBuilderConfig": "create_timing_cache set_timing_cache get_timing_cache progress_monitor set_flag",
+    "INetworkDefinition": "mark_weights_refittable get_layer num_layers",
+    "OnnxParser": "parse num_errors get_error",
+    "BuilderFlag": "REFIT_INDIVIDUAL",
+    "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
+    "TensorIOMode": "INPUT OUTPUT",
+    "DataType": "FLOAT HALF INT64",
+    "LayerType": "CONSTANT",
+}
+
+
+def test_rtx_has_all_that_is_used(rtx: tensorrt_library.Library) -> None:
+    for name, members in USED.items():
+        for member in members.split():
+            assert hasattr(getattr(rtx.trt, name), member), f"{name}.{member}"
+
+
+def test_tensorrts_bindings_have_all_that_is_used() -> None:
+    """Without its libraries the module cannot be imported; the names that it registers are strings in the file."""
+    spec = importlib.util.find_spec("tensorrt_bindings")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install --no-deps tensorrt-cu13-bindings")
+    content = (Path(spec.submodule_search_locations[0]) / "tensorrt.so").read_bytes()
+    for name, members in USED.items():
+        for text in (name, *members.split()):
+            assert text.encode() + b"\0" in content, f"{name}: {text}"  # linkers share the ends of strings
