@@ -9,10 +9,10 @@ OFFLINE := HF_HUB_OFFLINE=1 TRITON_DEFAULT_FP_FUSION=1
 demo: .venv/server
 	$(OFFLINE) $(BIN)/tav-opt demo
 
-test: lint .venv/server
+test: lint .venv/server .venv/tensorrt
 	$(OFFLINE) $(BIN)/python -m pytest -m "not full"
 
-test-full: lint .venv/server
+test-full: lint .venv/server .venv/tensorrt
 	$(OFFLINE) $(BIN)/python -m pytest
 
 lint: .venv/installed
@@ -20,14 +20,17 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# TensorRT for RTX builds engines on any Linux machine; TensorRT's bindings, without its libraries, are the truth about the
-# signatures of its plugins. Their tests skip where either cannot be installed.
 # torch first and alone: a plain range of it takes the newest CUDA build, several GB.
 .venv/installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[cpu,dev]'
+	touch $@
+
+# TensorRT for RTX builds engines on any Linux machine; TensorRT's bindings, without its libraries, are the truth about the
+# signatures of its plugins. Their tests skip where either cannot be installed.
+.venv/tensorrt: .venv/installed
 	-$(PIP) --editable '.[tensorrt-rtx]'
 	-$(PIP) --no-deps tensorrt-cu13-bindings
 	touch $@
