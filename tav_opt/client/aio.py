@@ -148,7 +148,7 @@ class AsyncStream(AsyncIterator[Progress]):
             raise ServerError("the edit was cancelled", "CANCELLED") from None
 
     async def _failure(self, error: grpc.RpcError) -> InputError | ServerError:
-        if error.code() == grpc.StatusCode.UNAVAILABLE and not await self._client.is_live():
+        if self._exchange.is_unanswered(error) and not await self._client.is_live():
             return unreachable(self._client.url)
         return failure(error)
 

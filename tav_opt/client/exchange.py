@@ -149,6 +149,10 @@ class Exchange:
             self._retry.on_pause(str(failure(error)), pause)
         return pause
 
+    def is_unanswered(self, error: grpc.RpcError) -> bool:
+        """Whether there may be no server at all."""
+        return not self._answered and error.code() == grpc.StatusCode.UNAVAILABLE
+
     def _left(self) -> float | None:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
 

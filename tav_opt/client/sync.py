@@ -159,7 +159,7 @@ class Stream(Iterator[Progress]):
             self._call.cancel()
 
     def _failure(self, error: grpc.RpcError) -> InputError | ServerError:
-        if error.code() == grpc.StatusCode.UNAVAILABLE and not self._client.is_live():
+        if self._exchange.is_unanswered(error) and not self._client.is_live():
             return unreachable(self._client.url)
         return failure(error)
 
