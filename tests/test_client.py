@@ -154,8 +154,9 @@ def test_previews_and_files_are_typed(triton):
     [
         (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"),
         (grpc.StatusCode.INTERNAL, "Stub process 'tune_a_video_stream_0_0' is not healthy."),
+        pb.ModelStreamInferResponse(error_message="[request id: <id_unknown>] Exceeds maximum queue size"),
     ],
-    ids=["queue full", "worker gone"],
+    ids=["queue full", "worker gone", "queue full, as Triton 2.51 says it on a stream"],
 )
 def test_what_no_worker_began_is_sent_again(triton, face, refusal):
     scripted, url = triton

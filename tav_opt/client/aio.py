@@ -20,7 +20,8 @@ from tav_opt.client.exchange import (
     Progress,
     Retry,
     ServerError,
-    failure,
+    blamed,
+    failed,
     no_result,
     unreachable,
 )
@@ -121,6 +122,8 @@ class AsyncStream(AsyncIterator[Progress]):
             try:
                 return self._exchange.answer(await self._read())
             except grpc.RpcError as error:
+                await self._recover(failed(error))
+            except ServerError as error:
                 await self._recover(error)
             except asyncio.CancelledError:
                 # grpc.aio raises this for a call that was cancelled, and asyncio for a task that is.
@@ -135,7 +138,7 @@ class AsyncStream(AsyncIterator[Progress]):
             raise no_result()
         return message
 
-    async def _recover(self, error: grpc.RpcError) -> None:
+    async def _recover(self, error: ServerError) -> None:
         """Tries again after a pause, where that is safe; raises otherwise."""
         pause = self._exchange.pause(error)
         if pause is None:
@@ -147,10 +150,10 @@ class AsyncStream(AsyncIterator[Progress]):
         else:
             raise ServerError("the edit was cancelled", "CANCELLED") from None
 
-    async def _failure(self, error: grpc.RpcError) -> InputError | ServerError:
+    async def _failure(self, error: ServerError) -> InputError | ServerError:
         if self._exchange.is_unanswered(error) and not await self._client.is_live():
             return unreachable(self._client.url)
-        return failure(error)
+        return blamed(error)
 
     async def _end(self) -> None:
         with suppress(grpc.RpcError):  # the edit is whole

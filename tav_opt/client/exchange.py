@@ -20,6 +20,9 @@ METADATA = (("triton_grpc_error", "true"),)
 """Without it errors on a stream have no status."""
 WORKER_GONE = "is not healthy"
 """What Triton answers, as an internal error, for a worker process that died; whoever supervises it starts it anew."""
+QUEUE_FULL = "Exceeds maximum queue size"
+"""What Triton 2.51 itself refuses on a stream carries no status, with or without METADATA; this it calls UNAVAILABLE
+everywhere else."""
 
 SERVED = {tensor.name for tensor in STREAM_INPUTS}
 MAX_DEADLINE_SECONDS = 30 * 86_400
@@ -28,9 +31,9 @@ MAX_DEADLINE_SECONDS = 30 * 86_400
 class ServerError(RuntimeError):
     """The server could not answer, through no fault of the request; `status` is the gRPC status, e.g. UNAVAILABLE."""
 
-    def __init__(self, message: str, status: str) -> None:
-        super().__init__(f"{message} ({status})")
-        self.status = status
+    def __init__(self, details: str, status: str) -> None:
+        super().__init__(f"{details} ({status})")
+        self.details, self.status = details, status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +130,11 @@ class Exchange:
         return self._message, left
 
     def answer(self, message: Any) -> Progress | Edit:
-        """What a message of the stream says; raises as `failure` does where it carries an error."""
-        self._answered = True
+        """What a message of the stream says; raises ServerError where it carries an error."""
         if message.error_message:
-            raise ServerError(message.error_message, "UNKNOWN")
+            status = "UNAVAILABLE" if QUEUE_FULL in message.error_message else "UNKNOWN"
+            raise ServerError(message.error_message, status)
+        self._answered = True
         response = message.infer_response
         tensors = _tensors(response)
         if response.parameters["triton_final_response"].bool_param:
@@ -138,7 +142,7 @@ class Exchange:
         stage, step, steps = (tensors[name][0] for name in ("stage", "step", "steps"))
         return Progress(stage=stage.decode(), step=int(step), steps=int(steps), preview=tensors.get("preview"))
 
-    def pause(self, error: grpc.RpcError) -> float | None:
+    def pause(self, error: ServerError) -> float | None:
         """Seconds to wait before the next attempt after `error`; None: there is none."""
         if self._answered or not _no_worker_began(error):
             return None
@@ -146,12 +150,12 @@ class Exchange:
         if pause is None or (left is not None and pause >= left):
             return None
         if self._retry.on_pause is not None:
-            self._retry.on_pause(str(failure(error)), pause)
+            self._retry.on_pause(str(error), pause)
         return pause
 
-    def is_unanswered(self, error: grpc.RpcError) -> bool:
+    def is_unanswered(self, error: ServerError) -> bool:
         """Whether there may be no server at all."""
-        return not self._answered and error.code() == grpc.StatusCode.UNAVAILABLE
+        return not self._answered and error.status == "UNAVAILABLE"
 
     def _left(self) -> float | None:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
@@ -172,12 +176,16 @@ def no_result() -> ServerError:
     return ServerError("the server ended the edit without a result", "INTERNAL")
 
 
-def failure(error: grpc.RpcError) -> InputError | ServerError:
-    """A failed call as an exception of ours: what the request is to blame for is an InputError."""
-    status, details = error.code().name, error.details() or ""
-    if status in ("INVALID_ARGUMENT", "NOT_FOUND"):
-        return InputError(details)
-    return ServerError(details, status)
+def failed(error: grpc.RpcError) -> ServerError:
+    """How a call ended."""
+    return ServerError(error.details() or "", error.code().name)
+
+
+def blamed(error: ServerError) -> InputError | ServerError:
+    """The exception for the user: what the request is to blame for is an InputError."""
+    if error.status in ("INVALID_ARGUMENT", "NOT_FOUND"):
+        return InputError(error.details)
+    return error
 
 
 def unreachable(url: str) -> InputError:
@@ -185,9 +193,8 @@ def unreachable(url: str) -> InputError:
     return InputError(f"no server answers at {url}: is it running? (tav-opt serve)")
 
 
-def _no_worker_began(error: grpc.RpcError) -> bool:
-    status = error.code().name
-    return status == "UNAVAILABLE" or (status == "INTERNAL" and WORKER_GONE in (error.details() or ""))
+def _no_worker_began(error: ServerError) -> bool:
+    return error.status == "UNAVAILABLE" or (error.status == "INTERNAL" and WORKER_GONE in error.details)
 
 
 def _message(tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest:

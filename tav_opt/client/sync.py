@@ -21,7 +21,8 @@ from tav_opt.client.exchange import (
     Progress,
     Retry,
     ServerError,
-    failure,
+    blamed,
+    failed,
     no_result,
     unreachable,
 )
@@ -145,9 +146,11 @@ class Stream(Iterator[Progress]):
             except StopIteration:
                 raise no_result() from None
             except grpc.RpcError as error:
+                self._recover(failed(error))
+            except ServerError as error:
                 self._recover(error)
 
-    def _recover(self, error: grpc.RpcError) -> None:
+    def _recover(self, error: ServerError) -> None:
         """Tries again after a pause, where that is safe; raises otherwise."""
         pause = None if self._cancelled.is_set() else self._exchange.pause(error)
         if pause is None:
@@ -158,10 +161,10 @@ class Stream(Iterator[Progress]):
         if self._cancelled.is_set():  # between the two
             self._call.cancel()
 
-    def _failure(self, error: grpc.RpcError) -> InputError | ServerError:
+    def _failure(self, error: ServerError) -> InputError | ServerError:
         if self._exchange.is_unanswered(error) and not self._client.is_live():
             return unreachable(self._client.url)
-        return failure(error)
+        return blamed(error)
 
     def _end(self) -> None:
         # The status is right behind the last answer; without taking it the call would count as cancelled.
