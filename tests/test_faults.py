@@ -20,9 +20,9 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-import served
+import supervised
 import trustme
-from served import CLIP, SHORT
+from supervised import CLIP, SHORT
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tav_opt.client import AsyncClient, Client, Retry, ServerError, Tls
@@ -37,12 +37,12 @@ ONCE = Retry(attempts=1)
 
 @pytest.fixture(scope="module")
 def repository(golden, tmp_path_factory):
-    return served.repository(golden, tmp_path_factory.getbasetemp())
+    return supervised.repository(golden, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def server(repository):
-    with Server(served.on_free_ports(repository)) as running:
+    with Server(supervised.on_free_ports(repository)) as running:
         yield running
 
 
@@ -132,7 +132,7 @@ def test_a_deadline_that_passes_in_the_queue(server, expected):
 
 
 def test_sigterm_lets_what_runs_and_what_waits_end(repository, expected):
-    with served.serving(repository) as run, Client(run.urls["gRPC"], retry=ONCE) as client:
+    with supervised.serving(repository) as run, Client(run.urls["gRPC"], retry=ONCE) as client:
         with ThreadPoolExecutor(4) as pool:
             with client.stream(CLIP, replace(SHORT, steps=150)) as running:
                 next(running)
@@ -148,7 +148,7 @@ def test_sigterm_lets_what_runs_and_what_waits_end(repository, expected):
             client.edit(CLIP, SHORT)
 
 
-def _waits(run: served.Serving, count: int) -> bool:
+def _waits(run: supervised.Serving, count: int) -> bool:
     health = probe("http://127.0.0.1:9", run.urls["metrics"], timeout_s=0.01)
     return f"requests wait ({count})" in health.reason
 
@@ -212,7 +212,7 @@ def test_nobody_administers_the_server_over_grpc(server, method, request_):
 
 def test_without_the_restriction_models_could_not_be_unloaded_either(repository, server):
     """The model-control API itself is off: the restriction is the second lock."""
-    with Server(served.on_free_ports(repository)) as other:
+    with Server(supervised.on_free_ports(repository)) as other:
         (option,) = [o for o in psutil.Process(other.process.pid).cmdline() if o.startswith("--http-restricted-api")]
         key, _, value = option.rpartition(":")[2].partition("=")
         url = f"{other.http_url}/v2/repository/models/{STREAM_MODEL}/unload"
@@ -240,7 +240,7 @@ def certificates(tmp_path_factory):
 
 
 def test_mutual_tls(repository, certificates, expected):
-    config = served.on_free_ports(
+    config = supervised.on_free_ports(
         repository,
         tls_certificate=certificates / "server.pem",
         tls_key=certificates / "server.key",
@@ -265,7 +265,7 @@ def test_mutual_tls(repository, certificates, expected):
 
 def test_the_command_line_speaks_tls(repository, certificates, tmp_path, expected):
     options = ["--tls-certificate", certificates / "server.pem", "--tls-key", certificates / "server.key"]
-    with served.serving(repository, *map(str, options)) as run:
+    with supervised.serving(repository, *map(str, options)) as run:
         asked = ["--url", run.urls["gRPC"], "--clip", CLIP, "--prompt", SHORT.prompts[0], "--attempts", "1"]
         asked += ["--steps", "2", "--guidance", "7.5", "--out", str(tmp_path / "edit")]
         command = [sys.executable, "-c", "import sys; from tav_opt.cli import main; sys.exit(main(sys.argv[1:]))"]
@@ -291,4 +291,4 @@ def test_the_command_line_speaks_tls(repository, certificates, tmp_path, expecte
 )
 def test_half_a_tls_configuration_is_refused(repository, settings, words):
     with pytest.raises(InputError, match=words):
-        Server(served.on_free_ports(repository, **settings))
+        Server(supervised.on_free_ports(repository, **settings))

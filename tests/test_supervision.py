@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import served
-from served import CLIP, SHORT
+import supervised
+from supervised import CLIP, SHORT
 
 from tav_opt import cli
 from tav_opt.client import Client, Retry, ServerError
@@ -25,7 +25,7 @@ LONG = replace(SHORT, steps=1000)
 
 @pytest.fixture(scope="module")
 def repository(golden, tmp_path_factory):
-    return served.repository(golden, tmp_path_factory.getbasetemp())
+    return supervised.repository(golden, tmp_path_factory.getbasetemp())
 
 
 def shared_memory() -> set[str]:
@@ -41,10 +41,10 @@ def kill_amid(url: str, harm) -> ServerError:
 
 def test_a_worker_killed_amid_an_edit_is_replaced(repository):
     before = shared_memory()
-    with served.serving(repository) as run:
+    with supervised.serving(repository) as run:
         with Client(run.urls["gRPC"], retry=PATIENT) as client:
             expected = client.edit(CLIP, SHORT).frames
-            (worker, *_) = old = served.workers(run.process)
+            (worker, *_) = old = supervised.workers(run.process)
             error = kill_amid(run.urls["gRPC"], worker.kill)
             # The edit that began is lost and its client told; one that comes now is served, by the same address.
             assert error.status in ("INTERNAL", "UNAVAILABLE", "CANCELLED"), error
@@ -60,8 +60,8 @@ def test_a_worker_killed_amid_an_edit_is_replaced(repository):
 
 def test_a_worker_that_stands_still_is_found_by_the_probe(repository):
     """Its process is there, so that only a request shows what is wrong."""
-    with served.serving(repository, "--probe-seconds", "0.5") as run:
-        (worker, *_) = served.workers(run.process)
+    with supervised.serving(repository, "--probe-seconds", "0.5") as run:
+        (worker, *_) = supervised.workers(run.process)
         worker.suspend()
         with Client(run.urls["gRPC"], retry=PATIENT) as client:
             client.edit(CLIP, SHORT)
@@ -70,7 +70,7 @@ def test_a_worker_that_stands_still_is_found_by_the_probe(repository):
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(repository):
-    with served.serving(repository, "--restarts", "1") as run:
+    with supervised.serving(repository, "--restarts", "1") as run:
         for expected in (1, 1):
             (tritonserver,) = psutil.Process(run.process.pid).children()
             tritonserver.kill()
@@ -83,7 +83,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(repository):
 
 def test_a_busy_worker_is_not_a_dead_one(repository):
     """Probes twice a second while edits run and wait: none is disturbed and the queue keeps its places."""
-    with served.serving(repository, "--probe-seconds", "0.5") as run:
+    with supervised.serving(repository, "--probe-seconds", "0.5") as run:
         url = run.urls["gRPC"]
         with Client(url, retry=Retry(attempts=1)) as client, ThreadPoolExecutor(17) as pool:
             begun = threading.Event()
@@ -99,7 +99,7 @@ def test_a_busy_worker_is_not_a_dead_one(repository):
 
 def test_the_commands_that_check_health(repository, capsys):
     """What a container runs: alive and busy are 0, dead is 1, though Triton calls itself ready."""
-    with Server(served.on_free_ports(repository)) as server:
+    with Server(supervised.on_free_ports(repository)) as server:
         urls = ["--http-url", server.http_url, "--metrics-url", server.metrics_url]
 
         def check(*options: str) -> tuple[int, str]:
@@ -113,7 +113,7 @@ def test_the_commands_that_check_health(repository, capsys):
                 assert (status, shown[:6]) == (0, "busy: ")
                 assert words in shown, "probes pile up in the queue"
         assert not server.lost_a_worker()
-        served.workers(server.process)[0].kill()
+        supervised.workers(server.process)[0].kill()
         status, shown = check()
         assert status == 1
         assert shown.startswith("dead: ")
