@@ -109,6 +109,7 @@ def test_two_hundred_clients_on_a_queue_of_sixteen(server, expected):
     assert probe(server.http_url, server.metrics_url).state == "alive"
 
 
+@pytest.mark.full
 def test_whoever_is_patient_is_served(server, expected):
     assert crowd(server, 40, Retry(attempts=400, longest_pause_s=1), expected) == {"right": 40}
 
@@ -210,6 +211,7 @@ def test_nobody_administers_the_server_over_grpc(server, method, request_):
     assert "restricted" in caught.value.details()
 
 
+@pytest.mark.full
 def test_without_the_restriction_models_could_not_be_unloaded_either(repository, server):
     """The model-control API itself is off: the restriction is the second lock."""
     with Server(supervised.on_free_ports(repository)) as other:
@@ -263,6 +265,7 @@ def test_mutual_tls(repository, certificates, expected):
         assert probe(secured.http_url, secured.metrics_url).state == "alive", "the probe needs no certificate"
 
 
+@pytest.mark.full
 def test_the_command_line_speaks_tls(repository, certificates, tmp_path, expected):
     options = ["--tls-certificate", certificates / "server.pem", "--tls-key", certificates / "server.key"]
     with supervised.serving(repository, *map(str, options)) as run:

@@ -69,6 +69,7 @@ def test_a_worker_that_stands_still_is_found_by_the_probe(repository):
         assert any("the server edits no more: " in line and "is not healthy" in line for line in run.errors), run.errors
 
 
+@pytest.mark.full
 def test_a_server_that_dies_again_and_again_is_given_up(repository):
     with supervised.serving(repository, "--restarts", "1") as run:
         for expected in (1, 1):
