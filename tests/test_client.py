@@ -133,6 +133,15 @@ def zip_tensors(message):
     return zip(message.inputs, message.raw_input_contents, strict=True)
 
 
+def test_no_prompt_is_for_the_server_to_refuse(triton):
+    scripted, url = triton
+    scripted.acts = [[(grpc.StatusCode.INVALID_ARGUMENT, "0 prompts")]]
+    with Client(url) as client, pytest.raises(InputError, match="0 prompts"):
+        client.edit("toy", [])
+    (prompt,) = [content for tensor, content in zip_tensors(scripted.requests[0]) if tensor.name == "prompt"]
+    assert prompt == b""
+
+
 def test_previews_and_files_are_typed(triton):
     scripted, url = triton
     preview = np.full((1, 2, 2, 2, 3), 9, np.uint8)

@@ -115,7 +115,9 @@ class AsyncStream(AsyncIterator[Progress]):
 
     def _begin(self) -> None:
         message, timeout = self._exchange.request()
-        self._call = self._client._stub.ModelStreamInfer(iter([message]), metadata=METADATA, timeout=timeout)
+        self._ended = asyncio.Event()
+        requests = _held_open(message, self._ended)
+        self._call = self._client._stub.ModelStreamInfer(requests, metadata=METADATA, timeout=timeout)
 
     async def _answer(self) -> Progress | Edit:
         while True:
@@ -156,6 +158,7 @@ class AsyncStream(AsyncIterator[Progress]):
         return blamed(error)
 
     async def _end(self) -> None:
+        self._ended.set()
         with suppress(grpc.RpcError):  # the edit is whole
             await self._call.read()
 
@@ -166,3 +169,10 @@ class AsyncStream(AsyncIterator[Progress]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+async def _held_open(
+    message: service_pb2.ModelInferRequest, ended: asyncio.Event
+) -> AsyncIterator[service_pb2.ModelInferRequest]:
+    yield message
+    await ended.wait()

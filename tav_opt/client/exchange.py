@@ -203,9 +203,14 @@ def _message(tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest
         message.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype) or "", shape=array.shape)
         if message.inputs[-1].datatype == "":
             raise InputError(f"{name} is {array.dtype}, which the server does not take")
-        content = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
-        message.raw_input_contents.append(content)
+        message.raw_input_contents.append(_content(array))
     return message
+
+
+def _content(array: np.ndarray) -> bytes:
+    if array.dtype == np.object_ and array.size:
+        return serialize_byte_tensor(array).item()
+    return array.tobytes()
 
 
 def _tensors(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:

@@ -137,7 +137,11 @@ class Stream(Iterator[Progress]):
 
     def _begin(self) -> None:
         message, timeout = self._exchange.request()
-        self._call = self._client._stub.ModelStreamInfer(iter([message]), metadata=METADATA, timeout=timeout)
+        self._ended = ended = threading.Event()
+        requests = _held_open(message, ended)
+        self._call = self._client._stub.ModelStreamInfer(requests, metadata=METADATA, timeout=timeout)
+        if not self._call.add_callback(ended.set):
+            ended.set()
 
     def _answer(self) -> Progress | Edit:
         while True:
@@ -168,6 +172,7 @@ class Stream(Iterator[Progress]):
 
     def _end(self) -> None:
         # The status is right behind the last answer; without taking it the call would count as cancelled.
+        self._ended.set()
         with suppress(grpc.RpcError):  # the edit is whole
             next(self._call, None)
         self._client._open.discard(self)
@@ -179,3 +184,14 @@ class Stream(Iterator[Progress]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+def _held_open(
+    message: service_pb2.ModelInferRequest, ended: threading.Event
+) -> Iterator[service_pb2.ModelInferRequest]:
+    """One request, after which the stream stays open, as tritonclient leaves it.
+
+    Triton 2.51 has died of errors that it sent on a stream whose client had closed its half.
+    """
+    yield message
+    ended.wait()
