@@ -41,6 +41,15 @@ def answer(stage: str, step: int, steps: int, *, final: bool = False, **raw: tup
     return pb.ModelStreamInferResponse(infer_response=response)
 
 
+def failed_edit(status: bytes, message: bytes):
+    """The last response of a failed edit: its one tensor has the status and the message."""
+    raw = b"".join(len(text).to_bytes(4, "little") + text for text in (status, message))
+    response = pb.ModelInferResponse(model_name=STREAM_MODEL, raw_output_contents=[raw])
+    response.outputs.add(name="error", datatype="BYTES", shape=[2])
+    response.parameters["triton_final_response"].bool_param = True
+    return pb.ModelStreamInferResponse(infer_response=response)
+
+
 FPS = ("FP32", [1], np.array([12.5], "<f4").tobytes())
 DONE = answer("done", 2, 2, final=True, frames=("UINT8", list(FRAMES.shape), FRAMES.tobytes()), fps=FPS)
 ANSWERS = [answer("sample", 1, 2), answer("sample", 2, 2), DONE]
@@ -112,7 +121,7 @@ def test_progress_then_the_result(triton, face):
     assert told == [("sample", 1, 2), ("sample", 2, 2)]
     np.testing.assert_array_equal(edit.frames, FRAMES)
     assert (edit.fps, edit.videos) == (12.5, ())
-    assert scripted.metadata[0]["triton_grpc_error"] == "true"
+    assert "triton_grpc_error" not in scripted.metadata[0], "Triton 2.51 dies of it"
 
 
 def test_the_request_is_what_the_contract_says(triton):
@@ -164,8 +173,10 @@ def test_previews_and_files_are_typed(triton):
         (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"),
         (grpc.StatusCode.INTERNAL, "Stub process 'tune_a_video_stream_0_0' is not healthy."),
         pb.ModelStreamInferResponse(error_message="[request id: <id_unknown>] Exceeds maximum queue size"),
+        pb.ModelStreamInferResponse(error_message="Stub process 'tune_a_video_stream_0_0' is not healthy."),
+        failed_edit(b"UNAVAILABLE", b"memory is short"),
     ],
-    ids=["queue full", "worker gone", "queue full, as Triton 2.51 says it on a stream"],
+    ids=["unavailable", "internal", "queue full, as Triton says it", "worker gone, as Triton says it", "memory short"],
 )
 def test_what_no_worker_began_is_sent_again(triton, face, refusal):
     scripted, url = triton
@@ -186,8 +197,10 @@ def test_what_no_worker_began_is_sent_again(triton, face, refusal):
         ([ANSWERS[0]], "INTERNAL"),
         ([pb.ModelStreamInferResponse(error_message="unexpected inference input")], "UNKNOWN"),
         ([answer("done", 2, 2, final=True)], "INTERNAL"),
+        ([failed_edit(b"INTERNAL", b"KeyError: 'x'")], "INTERNAL"),
+        ([ANSWERS[0], failed_edit(b"UNAVAILABLE", b"memory is short")], "UNAVAILABLE"),
     ],
-    ids=["after an answer", "the worker's own failure", "no result", "no status", "empty result"],
+    ids=["after an answer", "internal", "no result", "no status", "empty result", "worker's failure", "too late"],
 )
 def test_what_may_have_begun_is_not_sent_again(triton, face, act, status):
     scripted, url = triton
@@ -199,10 +212,18 @@ def test_what_may_have_begun_is_not_sent_again(triton, face, act, status):
 
 
 @both
-@pytest.mark.parametrize("status", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND])
-def test_what_the_request_is_to_blame_for_is_an_input_error(triton, face, status):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        failed_edit(b"INVALID_ARGUMENT", b"clip 'toy' is unknown"),
+        failed_edit(b"NOT_FOUND", b"clip 'toy' is unknown"),
+        (grpc.StatusCode.NOT_FOUND, "clip 'toy' is unknown"),
+    ],
+    ids=["invalid", "not found", "a proxy's not found"],
+)
+def test_what_the_request_is_to_blame_for_is_an_input_error(triton, face, refusal):
     scripted, url = triton
-    scripted.acts = [[(status, "clip 'toy' is unknown")]]
+    scripted.acts = [[refusal]]
     with pytest.raises(InputError, match="clip 'toy' is unknown"):
         edited(face, url)
     assert len(scripted.requests) == 1

@@ -13,7 +13,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tav_opt.client.channel import Tls, check_url, connect_aio
 from tav_opt.client.exchange import (
-    METADATA,
     Edit,
     Exchange,
     Options,
@@ -117,7 +116,7 @@ class AsyncStream(AsyncIterator[Progress]):
         message, timeout = self._exchange.request()
         self._ended = asyncio.Event()
         requests = _held_open(message, self._ended)
-        self._call = self._client._stub.ModelStreamInfer(requests, metadata=METADATA, timeout=timeout)
+        self._call = self._client._stub.ModelStreamInfer(requests, timeout=timeout)
 
     async def _answer(self) -> Progress | Edit:
         while True:

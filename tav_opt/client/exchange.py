@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_INPUTS, STREAM_MODEL, to_tensors
 
-METADATA = (("triton_grpc_error", "true"),)
-"""Without it errors on a stream have no status."""
+_BY_TRITON = (
+    ("UNAVAILABLE", re.compile("exceeds maximum queue size|request timeout expired", re.IGNORECASE)),
+    ("INTERNAL", re.compile("is not healthy")),
+)
+"""What Triton itself says on a stream has no status. The header that gives it one (triton_grpc_error) is not sent: with
+it Triton 2.51 dies of errors. The worker's own failures come as the tensor `error`."""
 WORKER_GONE = "is not healthy"
-"""What Triton answers, as an internal error, for a worker process that died; whoever supervises it starts it anew."""
-QUEUE_FULL = "Exceeds maximum queue size"
-"""What Triton 2.51 itself refuses on a stream carries no status, with or without METADATA; this it calls UNAVAILABLE
-everywhere else."""
-
+"""Of a worker process that died; whoever supervises it starts it anew."""
 SERVED = {tensor.name for tensor in STREAM_INPUTS}
 MAX_DEADLINE_SECONDS = 30 * 86_400
 
@@ -132,11 +133,13 @@ class Exchange:
     def answer(self, message: Any) -> Progress | Edit:
         """What a message of the stream says; raises ServerError where it carries an error."""
         if message.error_message:
-            status = "UNAVAILABLE" if QUEUE_FULL in message.error_message else "UNKNOWN"
-            raise ServerError(message.error_message, status)
-        self._answered = True
+            raise ServerError(message.error_message, _status(message.error_message))
         response = message.infer_response
         tensors = _tensors(response)
+        if "error" in tensors:
+            status, details = (text.decode() for text in tensors["error"])
+            raise ServerError(details, status)
+        self._answered = True
         if response.parameters["triton_final_response"].bool_param:
             return _edit(tensors)
         stage, step, steps = (tensors[name][0] for name in ("stage", "step", "steps"))
@@ -169,6 +172,10 @@ def _edit(tensors: Mapping[str, np.ndarray]) -> Edit:
         fps=float(tensors["fps"][0]),
         videos=tuple(tensors.get("video", ())),
     )
+
+
+def _status(refusal: str) -> str:
+    return next((status for status, words in _BY_TRITON if words.search(refusal)), "UNKNOWN")
 
 
 def no_result() -> ServerError:

@@ -14,7 +14,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tav_opt.client.channel import Tls, check_url, connect
 from tav_opt.client.exchange import (
-    METADATA,
     Edit,
     Exchange,
     Options,
@@ -139,7 +138,7 @@ class Stream(Iterator[Progress]):
         message, timeout = self._exchange.request()
         self._ended = ended = threading.Event()
         requests = _held_open(message, ended)
-        self._call = self._client._stub.ModelStreamInfer(requests, metadata=METADATA, timeout=timeout)
+        self._call = self._client._stub.ModelStreamInfer(requests, timeout=timeout)
         if not self._call.add_callback(ended.set):
             ended.set()
 
@@ -189,9 +188,6 @@ class Stream(Iterator[Progress]):
 def _held_open(
     message: service_pb2.ModelInferRequest, ended: threading.Event
 ) -> Iterator[service_pb2.ModelInferRequest]:
-    """One request, after which the stream stays open, as tritonclient leaves it.
-
-    Triton 2.51 has died of errors that it sent on a stream whose client had closed its half.
-    """
+    """One request, after which the stream stays open until its end, as tritonclient leaves it."""
     yield message
     ended.wait()
