@@ -60,6 +60,17 @@ def until(what, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def test_refused_requests_between_edits_do_no_harm(server, expected):
+    """Triton 2.51 dies of some ten of them where the client asks for their gRPC status."""
+    bad = [("nowhere", SHORT), (CLIP, replace(SHORT, steps=0)), (CLIP, replace(SHORT, guidance_scale=float("nan")))]
+    for number in range(60):
+        with Client(server.grpc_url, retry=ONCE) as client:
+            with pytest.raises((InputError, ServerError)):
+                client.edit(*bad[number % len(bad)])
+            np.testing.assert_array_equal(client.edit(CLIP, SHORT).frames, expected)
+    assert server.process.poll() is None
+
+
 def test_a_client_killed_amid_its_edit_is_cancelled(server, expected):
     code = """if True:
         import sys
