@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,8 +102,14 @@ def serving(folder: Path, *options: str) -> Iterator[Serving]:
     finally:
         if run.process.poll() is None:
             below += psutil.Process(run.process.pid).children(recursive=True)
-            run.process.kill()
-            run.process.wait()
+            for _ in range(2):  # the second ends it at once, and leaves no shared memory as SIGKILL would
+                run.process.terminate()
+                time.sleep(0.2)
+            try:
+                run.process.wait(30)
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
         for process in below:
             if process.is_running():
                 process.kill()
