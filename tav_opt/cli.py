@@ -72,6 +72,17 @@ class Request(EditConfig):
     """Name of the exported clip."""
     url: str = "localhost:8001"
     """Server's gRPC address."""
+    deadline: float | None = None
+    """Seconds after which the edit is given up."""
+    attempts: int = 6
+    """How often a request is sent that a server too busy, or not there, never began."""
+    tls: bool = False
+    """Encrypt the connection; so does each of the next three."""
+    root_certificates: Path | None = None
+    """PEM file of the authorities to trust."""
+    certificate: Path | None = None
+    """PEM file of the client's own certificate, and its key."""
+    key: Path | None = None
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
@@ -111,6 +122,16 @@ class VerifyClips:
     """Compare all files of clips, bases and engines with the hashes kept with them; exit status 1 where one differs."""
 
     repository: Path = REPOSITORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Ask a running server for what only a living worker answers."""
+
+    http_url: str = "http://localhost:8000"
+    metrics_url: str = "http://localhost:8002/metrics"
+    timeout: float = 4.0
+    """Seconds after which the worker counts as busy."""
 
 
 def tune(arguments: Sequence[str]) -> None:
@@ -174,11 +195,17 @@ def edit(arguments: Sequence[str]) -> None:
 def request(arguments: Sequence[str]) -> int:
     """Edit an exported clip on a running server, over gRPC."""
     args = tyro.cli(Request, prog="tav-opt request", args=arguments)
-    from tav_opt.client import Client, ServerError
+    from tav_opt.client import Client, Retry, ServerError, Tls
 
+    files = {name: getattr(args, name) for name in ("root_certificates", "certificate", "key")}
+    tls = Tls(**files) if args.tls or any(files.values()) else None
+    retry = Retry(
+        attempts=args.attempts,
+        on_pause=lambda why, pause: print(f"tav-opt request: {why}; again in {pause:.1f} s", file=sys.stderr),
+    )
     try:
-        with Client(args.url) as client, _bars() as on_progress:
-            result = client.edit(args.clip, args, on_progress=on_progress)
+        with Client(args.url, tls=tls, retry=retry) as client, _bars() as on_progress:
+            result = client.edit(args.clip, args, on_progress=on_progress, deadline_s=args.deadline)
     except ServerError as error:
         print(f"tav-opt request: {error}", file=sys.stderr)
         return 1
@@ -188,9 +215,19 @@ def request(arguments: Sequence[str]) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     """Start NVIDIA Triton Inference Server on the exported clips."""
-    from tav_opt.serving import server
+    from tav_opt.serving import server, supervisor
 
-    return server.serve(tyro.cli(server.ServeConfig, prog="tav-opt serve", args=arguments))
+    return supervisor.serve(tyro.cli(server.ServeConfig, prog="tav-opt serve", args=arguments))
+
+
+def probe(arguments: Sequence[str]) -> int:
+    """Ask a running server for what only a living worker answers: status 0, or 1 when it edits no more."""
+    args = tyro.cli(Probe, prog="tav-opt probe", args=arguments)
+    from tav_opt.serving.probe import probe as ask
+
+    health = ask(args.http_url, args.metrics_url, timeout_s=args.timeout)
+    print(f"{health.state}: {health.reason}")
+    return int(health.state == "dead")
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -277,6 +314,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "edit": edit,
     "export": export,
     "serve": serve,
+    "probe": probe,
     "request": request,
     "clips": clips,
 }

@@ -124,7 +124,18 @@ def test_a_finished_checkpoint_is_not_overwritten(capsys, tuned, clip, sd):
 
 def test_no_server(capsys, tmp_path):
     status, _, error = run(
-        capsys, "request", "--url", "localhost:9", "--clip", "x", "--prompt", "x", "--out", tmp_path / "e.mp4"
+        capsys,
+        "request",
+        "--url",
+        "localhost:9",
+        "--attempts",
+        "1",
+        "--clip",
+        "x",
+        "--prompt",
+        "x",
+        "--out",
+        tmp_path / "e.mp4",
     )
     assert status == 2 and error.count("\n") == 1 and "localhost:9" in error and not list(tmp_path.iterdir())
 

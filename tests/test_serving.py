@@ -378,7 +378,7 @@ def test_a_model_that_does_not_load_is_the_reason(triton_installed, tmp_path):
 def serving(repository):
     """`tav-opt serve` as a process of its own, and its gRPC address."""
     code = "import sys; from tav_opt.cli import main; sys.exit(main(sys.argv[1:]))"
-    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--restarts", "0"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", "--repository", repository, *ports],
         stdout=subprocess.PIPE,

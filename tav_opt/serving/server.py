@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,16 +18,21 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
+
+import psutil
 
 from tav_opt.config import InputError
 from tav_opt.contract import STREAM_MODEL
+from tav_opt.serving.probe import REQUEST_ID
 from tav_opt.serving.tritonserver import Launch, compose, find_tritonserver
 
 READY_SECONDS = 120.0
 """A server that is not ready by then is given up."""
 DRAIN_SECONDS = 60
 """How long the edits in flight may take when the server is asked to stop."""
+KEEPALIVE_SECONDS = 60
+"""After so long without a word a client is asked whether it is still there; an edit for nobody is cancelled."""
 UNLOAD_SECONDS = 10.0
 """How long unloading the model may take after the last edit. After some malformed requests Triton 2.51 never does."""
 
@@ -46,8 +52,22 @@ class ServeConfig:
     """0 takes a free one; so with the other ports."""
     http_port: int = 8000
     metrics_port: int = 8002
+    tls_certificate: Path | None = None
+    """PEM chain that gRPC shows; with `tls_key`. HTTP, which Triton cannot encrypt, then stays on this machine."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """PEM authorities; only clients that show a certificate of theirs are served."""
+    probe_seconds: float = 5.0
+    """Seconds between two probes of the running server."""
+    restarts: int = 5
+    """How often within ten minutes a server that died, or whose worker died, is started anew; 0: never."""
     tritonserver: Path | None = None
     """The program; without it, the one in $PATH, else the one in the nvidia-pytriton wheel."""
+
+    @property
+    def http_host(self) -> str:
+        """Where HTTP listens."""
+        return self.host if self.tls_certificate is None else "127.0.0.1"
 
 
 class ServerDied(RuntimeError):
@@ -64,6 +84,7 @@ class Server:
     def __init__(self, config: ServeConfig) -> None:
         if not (config.repository / STREAM_MODEL / "config.pbtxt").is_file():
             raise InputError(f"{config.repository} is not a model repository: it has no {STREAM_MODEL}/config.pbtxt")
+        _check_tls(config)
         self.config = _with_ports(config)
         """With the ports that were taken."""
         self.log: deque[str] = deque(maxlen=500)
@@ -71,10 +92,11 @@ class Server:
         self._echo = False
         self._drained = False
         self._idle_since: float | None = None
+        self._shared_memory = f"tav-opt-{secrets.token_hex(8)}-"
         self._folder = tempfile.TemporaryDirectory(prefix="tav-opt-serve-")
         try:
             launch = compose(find_tritonserver(config.tritonserver), Path(self._folder.name))
-            self.process = _spawn(launch, _options(self.config))
+            self.process = _spawn(launch, _options(self.config, self._shared_memory))
         except BaseException:
             self._folder.cleanup()
             raise
@@ -86,6 +108,7 @@ class Server:
             self.kill()
             self._folder.cleanup()
             raise
+        self._workers = self._live_workers()
 
     @property
     def grpc_url(self) -> str:
@@ -94,7 +117,7 @@ class Server:
 
     @property
     def http_url(self) -> str:
-        return f"http://{_reachable(self.config.host)}:{self.config.http_port}"
+        return f"http://{_reachable(self.config.http_host)}:{self.config.http_port}"
 
     @property
     def metrics_url(self) -> str:
@@ -112,14 +135,30 @@ class Server:
                 time.sleep(0.05)
         raise ServerDied(f"tritonserver was not ready within {READY_SECONDS:.0f} s")
 
+    def lost_a_worker(self) -> bool:
+        """Whether a worker process has ended, which Triton neither reports nor mends."""
+        return self._live_workers() < self._workers
+
+    def _live_workers(self) -> int:
+        try:
+            workers = psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return 0
+        return sum(_lives(worker) for worker in workers)
+
     def echo(self) -> None:
         """From now on the worker's log, and the server's warnings and errors, go to stderr."""
         self._echo = True
 
-    def wait(self) -> None:
-        """Returns when the server has ended as asked; raises ServerDied when it ended otherwise."""
-        if self.process.wait() != 0 and not self._drained:
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether the server has ended as asked within that time; raises ServerDied when it ended otherwise."""
+        try:
+            status = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        if status != 0 and not self._drained:
             raise ServerDied(f"tritonserver died: {self.reason()}")
+        return True
 
     def reason(self) -> str:
         """Why the server ended, in one line, from its log and its exit status."""
@@ -136,6 +175,8 @@ class Server:
 
     def stop(self) -> None:
         """Lets the edits in flight end, then ends the server; kills it when that takes longer than DRAIN_SECONDS."""
+        if self.lost_a_worker():
+            self.kill()  # nothing is in flight, and Triton would wait for the dead
         if self.process.poll() is None:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -145,10 +186,11 @@ class Server:
 
     def kill(self) -> None:
         """Ends at once what is left of the server and its workers, which outlive a server that died."""
-        if self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # a killed server leaves them
+            region.unlink(missing_ok=True)
 
     def __enter__(self) -> Server:
         return self
@@ -171,7 +213,7 @@ class Server:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if _NOISE.search(line):
+            if _NOISE.search(line) or REQUEST_ID in line:
                 continue
             self.log.append(line)
             if " worker.py:" in line:
@@ -196,27 +238,58 @@ def _spawn(launch: Launch, options: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def _options(config: ServeConfig) -> list[str]:
+def _options(config: ServeConfig, shared_memory: str) -> list[str]:
     return [
         f"--model-repository={config.repository.resolve()}",
-        *(f"--{kind}-address={config.host}" for kind in ("grpc", "http", "metrics")),
+        f"--grpc-address={config.host}",
+        f"--http-address={config.http_host}",
+        f"--metrics-address={config.host}",
         f"--grpc-port={config.grpc_port}",
         f"--http-port={config.http_port}",
         f"--metrics-port={config.metrics_port}",
+        *_secured(config),
+        f"--backend-config=python,shm-region-prefix-name={shared_memory}",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
         "--disable-auto-complete-config",  # the configuration is complete; completing it would load the model twice
         "--allow-gpu-metrics=false",
+        f"--grpc-keepalive-time={KEEPALIVE_SECONDS * 1000}",
+        f"--grpc-http2-min-recv-ping-interval-without-data={KEEPALIVE_SECONDS * 500}",
     ]
+
+
+def _secured(config: ServeConfig) -> list[str]:
+    # A client that could register shared memory could name another program's. None of these serves an edit.
+    administration = "model-repository,shared-memory,trace,logging"
+    options = [
+        f"--{kind}={administration}:administration={secrets.token_hex(16)}"
+        for kind in ("http-restricted-api", "grpc-restricted-protocol")
+    ]
+    if config.tls_certificate is not None:
+        options += [f"--grpc-server-cert={config.tls_certificate}", f"--grpc-server-key={config.tls_key}"]
+        options.append(f"--grpc-use-ssl{'-mutual' if config.tls_client_ca else ''}=true")
+    if config.tls_client_ca is not None:
+        options.append(f"--grpc-root-cert={config.tls_client_ca}")
+    return options
+
+
+def _check_tls(config: ServeConfig) -> None:
+    if (config.tls_certificate is None) != (config.tls_key is None):
+        raise InputError("a TLS certificate and its key go together: give both, or neither")
+    if config.tls_client_ca is not None and config.tls_certificate is None:
+        raise InputError("a TLS client CA needs the server's own certificate and key too")
+    for path in (config.tls_certificate, config.tls_key, config.tls_client_ca):
+        if path is not None and not path.is_file():
+            raise InputError(f"{path} does not exist or is no file")
 
 
 def _with_ports(config: ServeConfig) -> ServeConfig:
     """The configuration with free ports for 0; raises InputError naming a port that is taken."""
-    names = ("grpc_port", "http_port", "metrics_port")
+    hosts = {"grpc_port": config.host, "http_port": config.http_host, "metrics_port": config.host}
     held = []
     try:
-        for name in names:
-            held.append(_bound(config.host, getattr(config, name), name.replace("_", " ")))
-        return replace(config, **{name: s.getsockname()[1] for name, s in zip(names, held, strict=True)})
+        for name, host in hosts.items():
+            held.append(_bound(host, getattr(config, name), name.replace("_", " ")))
+        return replace(config, **{name: s.getsockname()[1] for name, s in zip(hosts, held, strict=True)})
     finally:
         for s in held:
             s.close()
@@ -238,61 +311,15 @@ def _bound(host: str, port: int, name: str) -> socket.socket:
     return s
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # Triton never collects its dead workers
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _reachable(host: str) -> str:
     return "127.0.0.1" if host == "0.0.0.0" else host
-
-
-def serve(config: ServeConfig) -> int:
-    """Runs the server until it is told to stop (SIGTERM or Ctrl-C, which let the edits in flight end) → exit status.
-
-    A second signal ends it at once. When the server dies, its reason goes to stderr and the status is 1.
-    """
-    began = time.monotonic()
-    with _Signals() as signals:
-        try:
-            server = Server(config)
-        except ServerDied as error:
-            print(f"tav-opt serve: {error}", file=sys.stderr)
-            return 1
-        with server:
-            print(f"ready after {time.monotonic() - began:.1f} s; Ctrl-C stops")
-            print(f"gRPC     {server.grpc_url}\nHTTP     {server.http_url}\nmetrics  {server.metrics_url}", flush=True)
-            server.echo()
-            signals.pass_on_to(server)
-            try:
-                server.wait()
-            except ServerDied as error:
-                print(f"tav-opt serve: {error}", file=sys.stderr)
-                return 1
-    return 0
-
-
-class _Signals:
-    """SIGTERM and SIGINT interrupt until the server is ready; then the first drains it and the second kills it."""
-
-    def __init__(self) -> None:
-        self._server: Server | None = None
-        self._asked = False
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def pass_on_to(self, server: Server) -> None:
-        self._server = server
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self._server is None:
-            raise KeyboardInterrupt
-        if self._asked:
-            self._server.kill()
-        else:
-            self._server.process.terminate()
-        self._asked = True
 
 
 if __name__ == "__main__":

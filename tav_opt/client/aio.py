@@ -1,0 +1,177 @@
+"""The client for asyncio; what each part means is said in `sync`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from tav_opt.client.channel import Tls, check_url, connect_aio
+from tav_opt.client.exchange import (
+    Edit,
+    Exchange,
+    Options,
+    Progress,
+    Retry,
+    ServerError,
+    blamed,
+    failed,
+    no_result,
+    unreachable,
+)
+from tav_opt.client.sync import OnProgress
+from tav_opt.config import EditConfig, InputError
+
+
+class AsyncClient:
+    """A connection to a server, for one event loop; any number of edits at a time.
+
+    async with AsyncClient("localhost:8001") as client:
+        edit = await client.edit("man-skiing", ["a panda is skiing"])
+    """
+
+    def __init__(self, url: str = "localhost:8001", *, tls: Tls | None = None, retry: Retry | None = None) -> None:
+        self.url = check_url(url)
+        self._retry = retry or Retry()
+        self._channel = connect_aio(url, tls)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def stream(self, clip: str, edit: EditConfig | Sequence[str], **options: Unpack[Options]) -> AsyncStream:
+        """Begins an edit, as `Client.stream` does."""
+        return AsyncStream(self, Exchange.of(clip, edit, options, self._retry))
+
+    async def edit(
+        self,
+        clip: str,
+        edit: EditConfig | Sequence[str],
+        *,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[Options],
+    ) -> Edit:
+        """Edits an exported clip, and raises, as `Client.edit` does; cancelling the task cancels it on the server."""
+        async with self.stream(clip, edit, **options) as stream:
+            async for progress in stream:
+                if on_progress is not None:
+                    on_progress(progress.stage, progress.step, progress.steps)
+            return await stream.result()
+
+    async def is_live(self) -> bool:
+        """Whether a server answers at all; it may yet be too busy for an edit."""
+        try:
+            return bool((await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=5)).live)
+        except (grpc.RpcError, grpc.aio.UsageError):  # UsageError: of a closed channel
+            return False
+
+    async def close(self) -> None:
+        """Cancels the edits in flight and closes the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream(AsyncIterator[Progress]):
+    """An edit under way: an asynchronous iterator of its progress; then `await result()`."""
+
+    def __init__(self, client: AsyncClient, exchange: Exchange) -> None:
+        self._client, self._exchange = client, exchange
+        self._cancelled = asyncio.Event()
+        self._edit: Edit | None = None
+        self._begin()
+
+    async def __anext__(self) -> Progress:
+        """Waits for the next step; raises InputError and ServerError as `Client.edit` does."""
+        if self._edit is not None:
+            raise StopAsyncIteration
+        answer = await self._answer()
+        if isinstance(answer, Progress):
+            return answer
+        self._edit = answer
+        await self._end()
+        raise StopAsyncIteration
+
+    async def result(self) -> Edit:
+        """The edit, when it is done; waits for it."""
+        async for _ in self:
+            pass
+        assert self._edit is not None
+        return self._edit
+
+    def cancel(self) -> None:
+        """Stops the edit, here and, within one step, on the server."""
+        self._cancelled.set()
+        self._call.cancel()
+
+    def _begin(self) -> None:
+        message, timeout = self._exchange.request()
+        self._ended = asyncio.Event()
+        requests = _held_open(message, self._ended)
+        self._call = self._client._stub.ModelStreamInfer(requests, timeout=timeout)
+
+    async def _answer(self) -> Progress | Edit:
+        while True:
+            try:
+                return self._exchange.answer(await self._read())
+            except grpc.RpcError as error:
+                await self._recover(failed(error))
+            except ServerError as error:
+                await self._recover(error)
+            except asyncio.CancelledError:
+                # grpc.aio raises this for a call that was cancelled, and asyncio for a task that is.
+                if not self._cancelled.is_set():
+                    self.cancel()
+                    raise
+                raise ServerError("the edit was cancelled", "CANCELLED") from None
+
+    async def _read(self) -> Any:
+        message = await self._call.read()
+        if message is grpc.aio.EOF:
+            raise no_result()
+        return message
+
+    async def _recover(self, error: ServerError) -> None:
+        """Tries again after a pause, where that is safe; raises otherwise."""
+        pause = self._exchange.pause(error)
+        if pause is None:
+            raise await self._failure(error) from None
+        try:
+            await asyncio.wait_for(self._cancelled.wait(), pause)
+        except TimeoutError:
+            self._begin()
+        else:
+            raise ServerError("the edit was cancelled", "CANCELLED") from None
+
+    async def _failure(self, error: ServerError) -> InputError | ServerError:
+        if self._exchange.is_unanswered(error) and not await self._client.is_live():
+            return unreachable(self._client.url)
+        return blamed(error)
+
+    async def _end(self) -> None:
+        self._ended.set()
+        with suppress(grpc.RpcError):  # the edit is whole
+            await self._call.read()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+async def _held_open(
+    message: service_pb2.ModelInferRequest, ended: asyncio.Event
+) -> AsyncIterator[service_pb2.ModelInferRequest]:
+    yield message
+    await ended.wait()

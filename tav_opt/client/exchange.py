@@ -1,0 +1,225 @@
+"""What goes over the wire in one edit, and what the answers mean: the half that threads and asyncio share."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferResult, service_pb2
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+from tav_opt.config import EditConfig, InputError
+from tav_opt.contract import STREAM_INPUTS, STREAM_MODEL, to_tensors
+
+_BY_TRITON = (
+    ("UNAVAILABLE", re.compile("exceeds maximum queue size|request timeout expired", re.IGNORECASE)),
+    ("INTERNAL", re.compile("is not healthy")),
+)
+"""What Triton itself says on a stream has no status. The header that gives it one (triton_grpc_error) is not sent: with
+it Triton 2.51 dies of errors. The worker's own failures come as the tensor `error`."""
+WORKER_GONE = "is not healthy"
+"""Of a worker process that died; whoever supervises it starts it anew."""
+SERVED = {tensor.name for tensor in STREAM_INPUTS}
+MAX_DEADLINE_SECONDS = 30 * 86_400
+
+
+class ServerError(RuntimeError):
+    """The server could not answer, through no fault of the request; `status` is the gRPC status, e.g. UNAVAILABLE."""
+
+    def __init__(self, details: str, status: str) -> None:
+        super().__init__(f"{details} ({status})")
+        self.details, self.status = details, status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One step of an edit is done."""
+
+    stage: str
+    """invert or sample."""
+    step: int
+    """Steps done in this stage."""
+    steps: int
+    """Steps of this stage."""
+    preview: np.ndarray | None = None
+    """uint8 (prompts, f, h, w, 3) RGB at the latents' size, with the steps that have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What the server made of a clip."""
+
+    frames: np.ndarray
+    """uint8 (prompts, f, H, W, 3) RGB; of length 0 where files were asked for."""
+    fps: float
+    videos: tuple[bytes, ...] = ()
+    """An MP4 file of each prompt, where they were asked for."""
+
+
+class Options(TypedDict, total=False):
+    """What else a request may say."""
+
+    deadline_s: float | None
+    """Seconds from now after which nobody waits for the edit any more; of all attempts together."""
+    video: bytes
+    """A video file to edit in the clip's place, of its frames and size."""
+    source_frames: np.ndarray
+    """uint8 (f, H, W, 3) RGB to edit in the clip's place."""
+    preview_interval: int
+    """A preview with every so many steps; 0: none."""
+    output: Literal["frames", "mp4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """How often and how patiently a request that no worker began is sent again.
+
+    Only such a request is: the server was not reached, its queue was full, memory was short, or its worker had died,
+    and no answer had come. The pauses double, up to the longest, and are shortened at random by up to a half, so that
+    many clients do not return at once.
+    """
+
+    attempts: int = 6
+    """1: never again."""
+    first_pause_s: float = 0.5
+    longest_pause_s: float = 8.0
+    on_pause: Callable[[str, float], Any] | None = None
+    """Called before each pause with what failed and the pause's seconds."""
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds before each further attempt."""
+        for number in range(self.attempts - 1):
+            yield min(self.first_pause_s * 2**number, self.longest_pause_s) * random.uniform(0.5, 1.0)
+
+
+class Exchange:
+    """One edit, from its first attempt to its last answer.
+
+    `deadline_s` is counted from here and spans all attempts; the server drops a request that waits beyond it.
+    """
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], *, retry: Retry, deadline_s: float | None) -> None:
+        if deadline_s is not None and not 0 < deadline_s < MAX_DEADLINE_SECONDS:
+            raise InputError(f"deadline {deadline_s} s is not above 0 and below {MAX_DEADLINE_SECONDS}")
+        self._message = _message(tensors)
+        self._retry, self._pauses = retry, retry.pauses()
+        self._ends = None if deadline_s is None else time.monotonic() + deadline_s
+        self._answered = False
+
+    @classmethod
+    def of(cls, clip: str, edit: EditConfig | Sequence[str], options: Options, retry: Retry) -> Exchange:
+        """An edit of `clip`; prompts alone stand for EditConfig(prompts=…)."""
+        config = edit if isinstance(edit, EditConfig) else EditConfig(prompts=tuple(edit))
+        asked: dict[str, Any] = dict(options)
+        deadline_s = asked.pop("deadline_s", None)
+        if unknown := sorted(set(asked) - SERVED):
+            known = sorted({"deadline_s"} | (set(Options.__annotations__) & SERVED))
+            raise InputError(f"no option {unknown[0]!r}; there are {', '.join(known)}")
+        return cls(to_tensors(clip, config, **asked), retry=retry, deadline_s=deadline_s)
+
+    def request(self) -> tuple[service_pb2.ModelInferRequest, float | None]:
+        """What to send, and within how many seconds it must be answered."""
+        left = self._left()
+        if left is not None:
+            self._message.parameters["timeout"].int64_param = max(1, int(left * 1e6))
+        return self._message, left
+
+    def answer(self, message: Any) -> Progress | Edit:
+        """What a message of the stream says; raises ServerError where it carries an error."""
+        if message.error_message:
+            raise ServerError(message.error_message, _status(message.error_message))
+        response = message.infer_response
+        tensors = _tensors(response)
+        if "error" in tensors:
+            status, details = (text.decode() for text in tensors["error"])
+            raise ServerError(details, status)
+        self._answered = True
+        if response.parameters["triton_final_response"].bool_param:
+            return _edit(tensors)
+        stage, step, steps = (tensors[name][0] for name in ("stage", "step", "steps"))
+        return Progress(stage=stage.decode(), step=int(step), steps=int(steps), preview=tensors.get("preview"))
+
+    def pause(self, error: ServerError) -> float | None:
+        """Seconds to wait before the next attempt after `error`; None: there is none."""
+        if self._answered or not _no_worker_began(error):
+            return None
+        pause, left = next(self._pauses, None), self._left()
+        if pause is None or (left is not None and pause >= left):
+            return None
+        if self._retry.on_pause is not None:
+            self._retry.on_pause(str(error), pause)
+        return pause
+
+    def is_unanswered(self, error: ServerError) -> bool:
+        """Whether there may be no server at all."""
+        return not self._answered and error.status == "UNAVAILABLE"
+
+    def _left(self) -> float | None:
+        return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+
+def _edit(tensors: Mapping[str, np.ndarray]) -> Edit:
+    if not {"frames", "video"} & set(tensors):
+        raise no_result()
+    return Edit(
+        frames=tensors.get("frames", np.empty((0, 0, 0, 0, 3), np.uint8)),
+        fps=float(tensors["fps"][0]),
+        videos=tuple(tensors.get("video", ())),
+    )
+
+
+def _status(refusal: str) -> str:
+    return next((status for status, words in _BY_TRITON if words.search(refusal)), "UNKNOWN")
+
+
+def no_result() -> ServerError:
+    """The stream ended early."""
+    return ServerError("the server ended the edit without a result", "INTERNAL")
+
+
+def failed(error: grpc.RpcError) -> ServerError:
+    """How a call ended."""
+    return ServerError(error.details() or "", error.code().name)
+
+
+def blamed(error: ServerError) -> InputError | ServerError:
+    """The exception for the user: what the request is to blame for is an InputError."""
+    if error.status in ("INVALID_ARGUMENT", "NOT_FOUND"):
+        return InputError(error.details)
+    return error
+
+
+def unreachable(url: str) -> InputError:
+    """Nothing answers there, not even to say that it is busy."""
+    return InputError(f"no server answers at {url}: is it running? (tav-opt serve)")
+
+
+def _no_worker_began(error: ServerError) -> bool:
+    return error.status == "UNAVAILABLE" or (error.status == "INTERNAL" and WORKER_GONE in error.details)
+
+
+def _message(tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=STREAM_MODEL)
+    for name, array in tensors.items():
+        message.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype) or "", shape=array.shape)
+        if message.inputs[-1].datatype == "":
+            raise InputError(f"{name} is {array.dtype}, which the server does not take")
+        message.raw_input_contents.append(_content(array))
+    return message
+
+
+def _content(array: np.ndarray) -> bytes:
+    if array.dtype == np.object_ and array.size:
+        return serialize_byte_tensor(array).item()
+    return array.tobytes()
+
+
+def _tensors(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
+    result = InferResult(response)
+    return {output.name: result.as_numpy(output.name) for output in response.outputs}
