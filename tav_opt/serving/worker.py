@@ -80,9 +80,10 @@ def answer(
     """
     if is_cancelled():
         raise Stopped
-    clip, config = from_tensors(tensors)
+    asked = from_tensors(tensors)
+    config = asked.edit
     editing.check(config)
-    engine = clips(clip)
+    engine = clips(asked.clip)
 
     def on_progress(stage: str, step: int, steps: int) -> bool:
         if is_cancelled():
