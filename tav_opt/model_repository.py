@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import (
@@ -72,6 +73,21 @@ def _parameters(config: WorkerConfig) -> str:
     return "\n".join(
         f'parameters {{ key: "{name}" value {{ string_value: "{_quoted(value)}" }} }}' for name, value in values.items()
     )
+
+
+def read_parameters(model_config: Mapping[str, Any]) -> WorkerConfig:
+    """The settings in a served model's configuration, as Triton hands it over; what is absent has its default."""
+    found = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
+    default = asdict(WorkerConfig())
+    return WorkerConfig(**{name: _read(found[name], default[name]) for name in default if name in found})
+
+
+def _read(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        return text == "True"
+    if default is None:
+        return Path(text) if text else None
+    return type(default)(text)
 
 
 def _quoted(text: str) -> str:
