@@ -142,8 +142,10 @@ class ClipInfo:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ClipInfo:
+    def from_json(cls, value: Any) -> ClipInfo:
         """Raises InputError for another version or missing entries."""
+        if not isinstance(value, dict):
+            raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
         if missing := [f.name for f in fields(cls) if f.name not in value]:

@@ -63,7 +63,9 @@ class Clips:
         while found is None or found.stamp != stamp:
             try:
                 found = _Resident(stamp, self._opened(name))
-            except (ValueError, KeyError, TypeError, OSError) as error:
+            except (Unavailable, MemoryError):
+                raise
+            except Exception as error:  # whatever lies in that folder
                 if (now := self._stamp(name)) == stamp:
                     # The client gave nothing wrong: not an InputError any more.
                     raise RuntimeError(f"clip {name} cannot be opened: {error}") from error

@@ -5,6 +5,7 @@ Run as a program, it is that process: the file on stdin, the frames as bytes on 
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
+from typing import IO
 
 import numpy as np
 
@@ -36,18 +39,12 @@ def decode(
     called every POLL_SECONDS, raises goes through.
     """
     shape = (info.frames, info.height, info.width, 3)
-    process = subprocess.Popen(
-        [_python(), "-m", "tav_opt.serving.decoding", *map(str, shape[:3])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        found, said = _communicate(process, data, seconds, keep_waiting)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    command = [_python(), "-m", "tav_opt.serving.decoding", *map(str, shape[:3])]
+    with _in_memory(data) as file, subprocess.Popen(command, stdin=file, stdout=PIPE, stderr=PIPE) as process:
+        try:
+            found, said = _communicate(process, seconds, keep_waiting)
+        finally:
+            process.kill()  # does nothing where it has ended
     takes = f"the clip takes {shape[0]} frames of {shape[2]}×{shape[1]}"
     if process.returncode == REFUSED:
         raise InputError(f"input video: {said.decode(errors='replace').strip()}; {takes}")
@@ -56,13 +53,21 @@ def decode(
     return np.frombuffer(found, np.uint8).reshape(shape)
 
 
+def _in_memory(data: bytes) -> IO[bytes]:
+    """A file that is on no disk."""
+    file = os.fdopen(os.memfd_create("video"), "w+b")
+    file.write(data)
+    file.seek(0)
+    return file
+
+
 def _communicate(
-    process: subprocess.Popen[bytes], data: bytes, seconds: float, keep_waiting: Callable[[], None]
+    process: subprocess.Popen[bytes], seconds: float, keep_waiting: Callable[[], None]
 ) -> tuple[bytes, bytes]:
     ends = time.monotonic() + seconds
     while True:
         try:
-            return process.communicate(data, timeout=POLL_SECONDS)
+            return process.communicate(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
             keep_waiting()
         if time.monotonic() > ends:
@@ -78,11 +83,13 @@ def _python() -> str:
 
 def frames_of(data: bytes, frames: int, height: int, width: int) -> np.ndarray:
     """All frames uint8 (f, H, W, 3) of a video file; raises InputError unless they are as many and as large as told."""
-    pixels = height * width
-    limits = Limits(bytes=MAX_VIDEO_BYTES, pixels=pixels, frames=frames, memory=3 * pixels * frames)
+    first = video.decode(data, Limits(bytes=MAX_VIDEO_BYTES), count=1).frames
+    if first.shape[1:3] != (height, width):
+        raise InputError(f"frames of {first.shape[2]}×{first.shape[1]}")
+    limits = Limits(bytes=MAX_VIDEO_BYTES, frames=frames, memory=first.nbytes * frames)
     found = video.decode(data, limits).frames
-    if found.shape != (frames, height, width, 3):
-        raise InputError(f"{found.shape[0]} frames of {found.shape[2]}×{found.shape[1]}")
+    if len(found) != frames:
+        raise InputError(f"{len(found)} frames")
     return found
 
 

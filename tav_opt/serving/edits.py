@@ -156,7 +156,7 @@ class _Progress:
         self.go_on()
         told = progress(stage, step, steps)
         if self.preview is not None and self.preview_is_due:
-            told["preview"] = self.preview
+            told["preview"] = self.preview.copy()
             self.preview_is_due = False
         self._send(told)
 

@@ -76,10 +76,13 @@ class Inversions:
             return latents, "computed"
 
     def _from_memory(self, name: str) -> Tensor | None:
-        with suppress(KeyError):
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        return None
+        if name not in self._kept:
+            return None
+        self._kept.move_to_end(name)
+        if self._folder is not None:
+            with suppress(OSError):
+                os.utime(self._path(self._folder, name))  # in use there, too
+        return self._kept[name]
 
     def _keep(self, name: str, latents: Tensor) -> None:
         if latents.nbytes > self._memory_limit:
