@@ -96,6 +96,8 @@ class WorkerConfig:
     """Values of clips that stay loaded; the one used longest ago goes first."""
     inversions_mib: int = 256
     """Inversions of videos, kept in memory."""
+    responses_mib: int = 256
+    """Responses of the unary model, for the same request again."""
     cache: Path | None = None
     """Folder for inversions across restarts; default: tav-opt in the user's cache folder."""
     cache_mib: int = 2048

@@ -17,7 +17,7 @@ VERSION = 1
 STREAM_MODEL = "tune_a_video_stream"
 """The decoupled model: progress responses, then the frames. Over gRPC streams."""
 UNARY_MODEL = "tune_a_video"
-"""The same edit as one response, for HTTP, plain `infer()` and the response cache."""
+"""The same edit as one response, for HTTP and plain `infer()`; the same request again is answered from a cache."""
 
 CLIP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 

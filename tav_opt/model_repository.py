@@ -49,11 +49,11 @@ dynamic_batching {{
 """
 
 
-def unary_config() -> str:
+def unary_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 — frozen
     """The configuration of the unary model: it only waits for the streaming one, whose queue is the only one."""
     return f"""{_HEAD.format(name=UNARY_MODEL)}{_tensors(UNARY_INPUTS, UNARY_OUTPUTS)}
 instance_group [{{ kind: KIND_CPU, count: 1 }}]
-response_cache {{ enable: true }}
+{_parameters(config)}
 """
 
 
@@ -101,6 +101,7 @@ def _check(config: WorkerConfig) -> None:
         ("queue_seconds", 0, 86_400),
         ("clips_mib", 0, 2**30),
         ("inversions_mib", 0, 2**30),
+        ("responses_mib", 0, 2**30),
         ("cache_mib", 0, 2**30),
         ("decode_seconds", 0.1, 3600),
     ):
@@ -118,7 +119,7 @@ def write_model_files(repository: Path, config: WorkerConfig = WorkerConfig()) -
     for path, text in (
         (stream / "config.pbtxt", stream_config(config)),
         (stream / "1" / "model.py", MODEL_PY.format(module="worker")),
-        (unary / "config.pbtxt", unary_config()),
+        (unary / "config.pbtxt", unary_config(config)),
         (unary / "1" / "model.py", MODEL_PY.format(module="unary")),
     ):
         if not path.is_file() or path.read_text() != text:

@@ -29,8 +29,6 @@ DRAIN_SECONDS = 60
 """How long the edits in flight may take when the server is asked to stop."""
 UNLOAD_SECONDS = 10.0
 """How long unloading the model may take after the last edit. After some malformed requests Triton 2.51 never does."""
-RESPONSE_CACHE_BYTES = 256 << 20
-"""Of the unary model's responses."""
 
 _NOISE = re.compile("CudaDriverHelper has not been|HandleCancellation called even")
 """Errors that Triton logs though nothing is wrong: no GPU; an error sent on a stream."""
@@ -206,7 +204,6 @@ def _options(config: ServeConfig) -> list[str]:
         f"--http-port={config.http_port}",
         f"--metrics-port={config.metrics_port}",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
-        f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
         "--disable-auto-complete-config",  # the configuration is complete; completing it would load the model twice
         "--allow-gpu-metrics=false",
     ]

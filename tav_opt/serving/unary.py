@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
-from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS
+from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, VERSION
+from tav_opt.model_repository import read_parameters
 from tav_opt.serving.caller import Caller, failure_of
+from tav_opt.serving.responses import Response, Responses, key
 
 POLL_SECONDS = 0.05
 """How often it is looked whether the client has gone."""
@@ -20,6 +24,14 @@ def status_of(message: str) -> str:
     return "UNAVAILABLE" if _OF_THE_QUEUE.search(message) else "INTERNAL"
 
 
+class Refused(Exception):
+    """The edit failed: with a status of the Python backend, and a message."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class TritonPythonModel:
     """The model as the Python backend drives it."""
 
@@ -27,6 +39,15 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         self._pb: Any = pb_utils
+        config = read_parameters(json.loads(args["model_config"]))
+        self._clips = Path(args["model_repository"]).parent / STREAM_MODEL / str(VERSION) / "clips"
+        self._responses = Responses(config.responses_mib << 20)
+        self._family = pb_utils.MetricFamily(
+            name="tav_opt_responses_total",
+            description="Unary responses by where they came from",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._counts = {name: self._family.Metric(labels={"from": name}) for name in ("cache", "worker")}
 
     def execute(self, requests: list[Any]) -> None:
         """Passes requests on and returns, so that however many wait, they wait in the streaming model's queue."""
@@ -36,44 +57,56 @@ class TritonPythonModel:
     def _respond(self, request: Any, sender: Any) -> None:
         caller, answers = Caller(), []
 
-        def call() -> None:
+        def answer() -> None:
             try:
-                answers.append(self._call(request, caller.name))
+                answers.append(self._response(self._answer(request, caller.name)))
             except Exception as error:  # whatever a request does, it gets a response
-                answers.append(self._failure("INTERNAL", f"{type(error).__name__}: {error}"))
+                status = error.status if isinstance(error, Refused) else "INTERNAL"
+                code = getattr(self._pb.TritonError, status)
+                answers.append(self._pb.InferenceResponse(error=self._pb.TritonError(str(error), code)))
 
-        calling = threading.Thread(target=call, daemon=True)
-        calling.start()
-        while calling.is_alive():
-            calling.join(POLL_SECONDS)
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
+        while answering.is_alive():
+            answering.join(POLL_SECONDS)
             # Asked by the thread that sends the response: afterwards Triton 2.51 would crash.
-            if calling.is_alive() and sender.is_cancelled():
+            if answering.is_alive() and sender.is_cancelled():
                 caller.hang_up()
-                calling.join()
+                answering.join()
         caller.hang_up()
         sender.send(answers[0], flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _call(self, request: Any, caller: str) -> Any:
+    def _answer(self, request: Any, caller: str) -> Response:
         found = [self._pb.get_input_tensor_by_name(request, tensor.name) for tensor in UNARY_INPUTS]
+        inputs = [tensor for tensor in found if tensor is not None]
+        name = key({tensor.name(): tensor.as_numpy() for tensor in inputs}, self._clips)
+        kept = self._responses.get(name)
+        self._counts["worker" if kept is None else "cache"].increment(1)
+        if kept is not None:
+            return kept
+        response = self._call(request, inputs, caller)
+        self._responses.put(name, response)
+        return response
+
+    def _call(self, request: Any, inputs: list[Any], caller: str) -> Response:
+        """The last response of the streaming model; raises Refused."""
         passed_on = self._pb.InferenceRequest(
             model_name=STREAM_MODEL,
             request_id=request.request_id(),
-            inputs=[tensor for tensor in found if tensor is not None],
+            inputs=inputs,
             requested_output_names=["stage", *(tensor.name for tensor in UNARY_OUTPUTS)],
             timeout=request.timeout(),
             parameters={"caller": caller},
         )
-        last: dict[str, Any] = {}
+        last: Response = {}
         for response in passed_on.exec(decoupled=True):
             if response.has_error():
-                text = response.error().message()
-                return self._failure(status_of(text), text)
-            last = {tensor.name(): tensor for tensor in response.output_tensors()} or last
-        stage = last.pop("stage").as_numpy()[0].decode()
-        if (failure := failure_of(stage)) is not None:
-            return self._failure(*failure)
-        return self._pb.InferenceResponse(list(last.values()))
+                message = response.error().message()
+                raise Refused(status_of(message), message)
+            last = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or last
+        if (failure := failure_of(last.pop("stage")[0].decode())) is not None:
+            raise Refused(*failure)
+        return last
 
-    def _failure(self, status: str, message: str) -> Any:
-        error = self._pb.TritonError(message, getattr(self._pb.TritonError, status))
-        return self._pb.InferenceResponse(error=error)
+    def _response(self, tensors: Response) -> Any:
+        return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])

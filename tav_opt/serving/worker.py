@@ -132,12 +132,12 @@ class TritonPythonModel:
         finally:
             if line is not None:
                 line.close()
-        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         seconds = time.perf_counter() - began
+        self._metrics.ended(ended, seconds, report)  # before the client can ask for them
+        self._set_gauges()
+        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         told = report.line(prompts=self._config.log_prompts)
         self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {told}")
-        self._metrics.ended(ended, seconds, report)
-        self._set_gauges()
 
     def _failure(self, status: Status, text: str, *, to_caller: bool) -> Any:
         if to_caller:
