@@ -13,7 +13,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tav_opt.config import EditConfig, InputError
-from tav_opt.contract import STREAM_MODEL, to_tensors
+from tav_opt.contract import STREAM_MODEL, status_of_refusal, to_tensors
 
 OnProgress = Callable[[str, int, int], Any]
 """Called with the stage, the steps done and the steps of the stage."""
@@ -58,10 +58,7 @@ class Client:
         config = edit if isinstance(edit, EditConfig) else EditConfig(prompts=tuple(edit))
         inputs = [_input(name, array) for name, array in to_tensors(clip, config).items()]
         answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self._triton.start_stream(
-            lambda result, error: answers.put((result, error)),
-            headers={"triton_grpc_error": "true"},  # without it errors on a stream have no status
-        )
+        self._triton.start_stream(lambda result, error: answers.put((result, error)))
         ended = False
         try:
             self._triton.async_stream_infer(STREAM_MODEL, inputs)
@@ -70,6 +67,8 @@ class Client:
                 ended = error is not None or result.get_response().parameters["triton_final_response"].bool_param
                 if error is not None:
                     raise self._error(error)
+                if (failure := result.as_numpy("error")) is not None:
+                    raise _failure(*(text.decode() for text in failure))
                 if ended:
                     return Edit(frames=result.as_numpy("frames"), fps=float(result.as_numpy("fps")[0]))
                 if on_progress is not None:
@@ -91,18 +90,22 @@ class Client:
         self.close()
 
     def _error(self, error: InferenceServerException) -> Exception:
-        status = str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
-        if status in ("INVALID_ARGUMENT", "NOT_FOUND"):
-            return InputError(error.message())
+        status = str(error.status() or status_of_refusal(error.message())).removeprefix("StatusCode.")
         if status == "UNAVAILABLE" and not self._is_live():
             return InputError(f"no server answers at {self.url}: is it running? (tav-opt serve)")
-        return ServerError(error.message(), status)
+        return _failure(status, error.message())
 
     def _is_live(self) -> bool:
         try:
             return bool(self._triton.is_server_live(client_timeout=5))
         except InferenceServerException:
             return False
+
+
+def _failure(status: str, message: str) -> Exception:
+    if status in ("INVALID_ARGUMENT", "NOT_FOUND"):
+        return InputError(message)
+    return ServerError(message, status)
 
 
 def _input(name: str, array: np.ndarray) -> Any:

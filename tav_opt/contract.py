@@ -89,10 +89,14 @@ STREAM_OUTPUTS = (
     ServedTensor(name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB"),
     ServedTensor(name="video", dtype="STRING", shape=(-1,), doc="an MP4 file of each prompt"),
     ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
+    ServedTensor(name="error", dtype="STRING", shape=(2,), doc="gRPC status and message of a failed edit"),
 )
 """Every response of the stream has the first three; `preview` comes with some steps; the last response has `fps` and
-either `frames` or `video`."""
+either `frames` or `video`. That of a failed edit has only `error`: a response like others, since errors that bear a
+gRPC status on a stream (the header `triton_grpc_error`) crash Triton 2.51 now and then."""
 UNARY_OUTPUTS = tuple(tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps"))
+
+_OF_THE_QUEUE = re.compile(r"exceeds maximum queue size|request timeout expired", re.IGNORECASE)
 
 MAX_PROMPTS = 8
 MAX_TEXT_BYTES = 4096
@@ -151,6 +155,11 @@ class ClipInfo:
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         return cls(**{f.name: value[f.name] for f in fields(cls)})
+
+
+def status_of_refusal(message: str) -> str:
+    """The gRPC status that Triton's own refusal of a request should have, which it does not tell on a stream."""
+    return "UNAVAILABLE" if _OF_THE_QUEUE.search(message) else "INVALID_ARGUMENT"
 
 
 def check_clip_name(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import struct
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
 from tav_opt.config import InputError, WorkerConfig
-from tav_opt.contract import STREAM_MODEL
+from tav_opt.contract import STREAM_MODEL, status_of_refusal
 from tav_opt.model_repository import write_model_files
 from tav_opt.serving import tritonserver
 from tav_opt.serving.server import ServeConfig, Server
@@ -98,19 +98,25 @@ class Wire:
         self.channel = grpc.insecure_channel(url, options=sizes)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
-    def ask(self, inputs: Mapping[str, Raw], *, parameters: Mapping[str, Any] | None = None) -> Answer:
+    def ask(
+        self,
+        inputs: Mapping[str, Raw],
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
         """On a stream."""
         call = self.stub.ModelStreamInfer(
-            iter([request(STREAM_MODEL, inputs, parameters)]),
-            metadata=[("triton_grpc_error", "true")],
-            timeout=STATUS_SECONDS,
+            iter([request(STREAM_MODEL, inputs, parameters)]), metadata=metadata, timeout=STATUS_SECONDS
         )
         answer = Answer("OK")
         try:
             for reply in call:
                 if reply.error_message:
-                    return Answer("REFUSED", reply.error_message, answer.responses)
+                    return Answer(status_of_refusal(reply.error_message), reply.error_message, answer.responses)
                 answer.responses.append(_arrays(reply.infer_response))
+                if "error" in answer.responses[-1]:
+                    return Answer(*(text.decode() for text in answer.responses.pop()["error"]), answer.responses)
         except grpc.RpcError as error:
             return Answer(error.code().name, error.details(), answer.responses)
         return answer

@@ -137,9 +137,9 @@ def test_prompts_make_one_batch_and_mp4s_are_of_their_frames(wire, engine):
     assert_same(frames.last["frames"], editing.edit(engine, config))
     mp4 = asked(wire, config, output="mp4").last
     assert "frames" not in mp4
-    found = [video.decode(data).frames for data in mp4["video"]]
+    found = np.stack([video.decode(data).frames for data in mp4["video"]]).astype(int)
     expected = [video.decode(video.encode_mp4(edit, 8.0)).frames for edit in frames.last["frames"]]
-    np.testing.assert_array_equal(found, expected)
+    assert abs(found - expected).mean() < 0.5, "threads sum in another order, and H.264 enlarges the last bit"
 
 
 def test_previews_come_as_often_as_asked(wire):
@@ -215,6 +215,16 @@ def test_refusals_have_the_same_status_everywhere(server, wire, clip, config, st
     assert words in body["error"]
 
 
+def test_failures_do_not_crash_a_server_whose_client_wants_grpc_errors(server, wire):
+    """Errors on a stream with this header, between unary calls, end Triton 2.51: some 100 requests are enough."""
+    unknown, fine = raw(to_tensors("nobody", SHORT)), raw(to_tensors("first", replace(SHORT, steps=1)))
+    for number in range(60):
+        answer = wire.ask(unknown, metadata=[("triton_grpc_error", "true")])
+        assert answer.status == "NOT_FOUND", (number, answer)
+        assert wire.infer(UNARY_MODEL, fine if number % 2 else unknown).status == ("OK" if number % 2 else "NOT_FOUND")
+    assert server.process.poll() is None
+
+
 # Limits.
 
 
@@ -251,7 +261,7 @@ def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(serve
 
     def hold() -> None:
         long = request(STREAM_MODEL, raw(to_tensors("first", LONG)))
-        call = wire.stub.ModelStreamInfer(iter([long]), metadata=[("triton_grpc_error", "true")])
+        call = wire.stub.ModelStreamInfer(iter([long]))
         for _ in call:
             begun.set()
             if release.is_set():
@@ -276,9 +286,7 @@ def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(serve
         release.set()
         holding.result(60)
     told = [answer.message for answer in answers]
-    # What Triton's queue refuses at once has no status on a stream.
-    assert {answer.status for answer in answers} <= {"UNAVAILABLE", "REFUSED"}, answers
-    assert {a.status for a, model in zip(answers, models, strict=True) if model == UNARY_MODEL} == {"UNAVAILABLE"}
+    assert {answer.status for answer in answers} == {"UNAVAILABLE"}, answers
     assert sum("maximum queue size" in text for text in told) == len(models) - QUEUE, told
     assert sum("timeout expired" in text for text in told) == QUEUE, told
     assert asked(wire).status == "OK"
@@ -298,7 +306,7 @@ def test_metrics_count_what_happens(server, wire):
         return after[name] - before.get(name, 0)
 
     assert grown('tav_opt_requests_total{status="OK"}') == 1
-    assert grown('tav_opt_requests_total{status="INVALID_ARG"}') == 1
+    assert grown('tav_opt_requests_total{status="INVALID_ARGUMENT"}') == 1
     assert grown('tav_opt_requests_total{status="NOT_FOUND"}') == 1
     assert grown('tav_opt_steps_total{stage="sample"}') == 3
     assert grown('tav_opt_steps_total{stage="invert"}') == STEPS
@@ -322,7 +330,7 @@ def test_one_line_a_request_without_the_prompt(server, wire):
     wait_until(lambda: sum("request ''" in line and " in " in line for line in server.log) == 2)
     lines = [line for line in server.log if " in " in line and "request ''" in line]
     assert "OK in" in lines[0] and "clip='first'" in lines[0] and "steps=3" in lines[0] and "sample=" in lines[0]
-    assert "INVALID_ARG in" in lines[1]
+    assert "INVALID_ARGUMENT in" in lines[1]
     assert "hushed" not in "".join(server.log) and "loud" not in "".join(server.log)
 
 

@@ -330,12 +330,6 @@ def test_a_caller_that_hangs_up_is_noticed_and_one_that_never_was_too():
         assert caller.Line(name).is_hung_up(), name
 
 
-def test_a_failure_keeps_its_status_between_models():
-    for status in ("NOT_FOUND", "UNAVAILABLE"):
-        assert caller.failure_of(caller.failed_stage(status, "a: b\nc")) == (status, "a: b\nc")
-    assert caller.failure_of("done") is None
-
-
 # Clips.
 
 

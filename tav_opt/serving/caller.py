@@ -1,7 +1,6 @@
-"""Between two models of one server: how the one that called goes away, and how the other tells it of a failure.
+"""A line between two models of one server, which a caller that goes away hangs up: BLS calls cannot be cancelled.
 
-BLS calls cannot be cancelled, so the caller holds a line open and hangs it up: a Unix socket in Linux's abstract
-namespace, which is no file and is closed by the kernel when a process dies.
+It is a Unix socket in Linux's abstract namespace: no file, and closed by the kernel when a process dies.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import re
 import secrets
 import socket
 
-_STATUS = re.compile(r"(INVALID_ARG|NOT_FOUND|CANCELLED|UNAVAILABLE|INTERNAL): ")
 _NAME = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -59,17 +57,3 @@ class Line:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def failed_stage(status: str, message: str) -> str:
-    """How a caller is told of a failure: as the last response's stage.
-
-    An error that follows other responses never arrives in a BLS call of Triton 2.51, and none keeps its status.
-    """
-    return f"{status}: {message}"
-
-
-def failure_of(stage: str) -> tuple[str, str] | None:
-    """The status and message of `failed_stage`; None for the stage of an edit that goes on or is done."""
-    found = _STATUS.match(stage)
-    return None if found is None else (found[1], stage[found.end() :])

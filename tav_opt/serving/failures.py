@@ -7,8 +7,8 @@ from typing import Literal
 from tav_opt.config import InputError
 from tav_opt.ddim import Stopped
 
-Status = Literal["INVALID_ARG", "NOT_FOUND", "CANCELLED", "UNAVAILABLE", "INTERNAL"]
-"""As Triton's Python backend names them."""
+Status = Literal["INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "UNAVAILABLE", "INTERNAL"]
+"""As gRPC names them."""
 
 
 class UnknownClip(InputError):
@@ -29,7 +29,7 @@ def status(error: BaseException) -> Status:
         case UnknownClip():
             return "NOT_FOUND"
         case InputError():
-            return "INVALID_ARG"
+            return "INVALID_ARGUMENT"
         case Stopped():
             return "CANCELLED"
         case Unavailable() | MemoryError():

@@ -11,7 +11,7 @@ from tav_opt.serving.report import STAGES, Report
 
 BUCKETS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 """Seconds."""
-STATUSES = ("OK", "INVALID_ARG", "NOT_FOUND", "CANCELLED", "UNAVAILABLE", "INTERNAL")
+STATUSES = ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "UNAVAILABLE", "INTERNAL")
 LOOKUPS = ("clip", "memory", "disk", "computed", "noise")
 
 

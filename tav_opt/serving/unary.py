@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
-from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, VERSION
+from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, VERSION, status_of_refusal
 from tav_opt.model_repository import read_parameters
-from tav_opt.serving.caller import Caller, failure_of
+from tav_opt.serving.caller import Caller
 from tav_opt.serving.responses import Response, Responses, key
 
 POLL_SECONDS = 0.05
 """How often it is looked whether the client has gone."""
 
-_OF_THE_QUEUE = re.compile(r"exceeds maximum queue size|request timeout expired", re.IGNORECASE)
-
-
-def status_of(message: str) -> str:
-    """Of Triton's own refusals: those of its queue are no fault of the request."""
-    return "UNAVAILABLE" if _OF_THE_QUEUE.search(message) else "INTERNAL"
+CODES = {"INVALID_ARGUMENT": "INVALID_ARG"}
+"""Statuses that Triton's Python backend calls otherwise than gRPC."""
 
 
 class Refused(Exception):
-    """The edit failed: with a status of the Python backend, and a message."""
+    """The edit failed: with a gRPC status, and a message."""
 
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
@@ -62,7 +57,7 @@ class TritonPythonModel:
                 answers.append(self._response(self._answer(request, caller.name)))
             except Exception as error:  # whatever a request does, it gets a response
                 status = error.status if isinstance(error, Refused) else "INTERNAL"
-                code = getattr(self._pb.TritonError, status)
+                code = getattr(self._pb.TritonError, CODES.get(status, status))
                 answers.append(self._pb.InferenceResponse(error=self._pb.TritonError(str(error), code)))
 
         answering = threading.Thread(target=answer, daemon=True)
@@ -94,7 +89,7 @@ class TritonPythonModel:
             model_name=STREAM_MODEL,
             request_id=request.request_id(),
             inputs=inputs,
-            requested_output_names=["stage", *(tensor.name for tensor in UNARY_OUTPUTS)],
+            requested_output_names=["error", *(tensor.name for tensor in UNARY_OUTPUTS)],
             timeout=request.timeout(),
             parameters={"caller": caller},
         )
@@ -102,10 +97,10 @@ class TritonPythonModel:
         for response in passed_on.exec(decoupled=True):
             if response.has_error():
                 message = response.error().message()
-                raise Refused(status_of(message), message)
+                raise Refused(status_of_refusal(message), message)
             last = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or last
-        if (failure := failure_of(last.pop("stage")[0].decode())) is not None:
-            raise Refused(*failure)
+        if "error" in last:
+            raise Refused(*(text.decode() for text in last["error"]))
         return last
 
     def _response(self, tensors: Response) -> Any:

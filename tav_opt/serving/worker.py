@@ -20,11 +20,11 @@ from tav_opt.ddim import Stopped
 from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device
 from tav_opt.free_memory import free_bytes
 from tav_opt.model_repository import read_parameters
-from tav_opt.serving.caller import Line, failed_stage
+from tav_opt.serving.caller import Line
 from tav_opt.serving.clips import Clips
 from tav_opt.serving.decoding import decode
 from tav_opt.serving.edits import Editor
-from tav_opt.serving.failures import DeadlinePassed, Status, message, status
+from tav_opt.serving.failures import DeadlinePassed, message, status
 from tav_opt.serving.inversions import Inversions
 from tav_opt.serving.metrics import Metrics
 from tav_opt.serving.report import Report
@@ -128,7 +128,9 @@ class TritonPythonModel:
             ended = status(error)
             if ended == "INTERNAL":
                 self._pb.Logger.log_error(traceback.format_exc())
-            last = self._failure(ended, message(error), to_caller=line is not None)
+            # A response like others: errors on a stream crash Triton 2.51 where the client wants their gRPC status.
+            told = np.array([ended.encode(), message(error).encode()], np.object_)
+            last = self._response({"error": told}, report)
         finally:
             if line is not None:
                 line.close()
@@ -136,14 +138,8 @@ class TritonPythonModel:
         self._metrics.ended(ended, seconds, report)  # before the client can ask for them
         self._set_gauges()
         sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        told = report.line(prompts=self._config.log_prompts)
-        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {told}")
-
-    def _failure(self, status: Status, text: str, *, to_caller: bool) -> Any:
-        if to_caller:
-            stage = failed_stage(status, text).encode()
-            return self._pb.InferenceResponse([self._pb.Tensor("stage", np.array([stage], np.object_))])
-        return self._pb.InferenceResponse(error=self._pb.TritonError(text, getattr(self._pb.TritonError, status)))
+        settings = report.line(prompts=self._config.log_prompts)
+        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
 
     def _go_on(self, sender: Any, line: Line | None, deadline: tuple[float, float] | None) -> None:
         """Raises ddim.Stopped when the client has gone, has cancelled, or has set a deadline that is over."""
