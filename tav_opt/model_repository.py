@@ -37,24 +37,29 @@ def stream_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 �
     return f"""{_HEAD.format(name=STREAM_MODEL)}model_transaction_policy {{ decoupled: true }}
 {_tensors(STREAM_INPUTS, STREAM_OUTPUTS)}
 instance_group [{{ kind: KIND_AUTO, count: {config.instances} }}]
-dynamic_batching {{
+{_queue(config)}
+{_parameters(config)}
+"""
+
+
+def unary_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 — frozen
+    """The configuration of the unary model, which passes one request at a time on to the streaming one."""
+    return f"""{_HEAD.format(name=UNARY_MODEL)}{_tensors(UNARY_INPUTS, UNARY_OUTPUTS)}
+instance_group [{{ kind: KIND_CPU, count: 1 }}]
+{_queue(config)}
+{_parameters(config)}
+"""
+
+
+def _queue(config: WorkerConfig) -> str:
+    return f"""dynamic_batching {{
   default_queue_policy {{
     max_queue_size: {config.queue_size}
     timeout_action: REJECT
     default_timeout_microseconds: {round(config.queue_seconds * 1e6)}
     allow_timeout_override: true
   }}
-}}
-{_parameters(config)}
-"""
-
-
-def unary_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 — frozen
-    """The configuration of the unary model: it only waits for the streaming one, whose queue is the only one."""
-    return f"""{_HEAD.format(name=UNARY_MODEL)}{_tensors(UNARY_INPUTS, UNARY_OUTPUTS)}
-instance_group [{{ kind: KIND_CPU, count: 1 }}]
-{_parameters(config)}
-"""
+}}"""
 
 
 def _tensors(inputs: Iterable[ServedTensor], outputs: Iterable[ServedTensor]) -> str:

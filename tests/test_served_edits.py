@@ -23,7 +23,7 @@ from tav_opt.contract import STREAM_MODEL, UNARY_MODEL, to_tensors
 from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
 from tav_opt.serving.server import Server
 
-QUEUE = 3
+QUEUE, CROWD = 3, 12
 SHORT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5)
 LONG = replace(SHORT, steps=1000)
 
@@ -87,7 +87,7 @@ def test_the_server_offers_what_the_contract_says(server, model, inputs, outputs
         assert [(t.name, kinds.values_by_number[t.data_type].name, list(t.dims)) for t in found] == expected
     assert [t.optional for t in config.input] == [tensor.optional for tensor in inputs]
     policy = config.dynamic_batching.default_queue_policy
-    assert policy.max_queue_size == (QUEUE if model == STREAM_MODEL else 0)
+    assert policy.max_queue_size == QUEUE
     assert not config.response_cache.enable, "it keeps failures as successes"
 
 
@@ -255,7 +255,8 @@ def test_a_timeout_stops_an_edit(wire, model):
     assert "timeout of 0.3 s" in answer.message
 
 
-def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(server, wire):
+@pytest.mark.parametrize("model", [STREAM_MODEL, UNARY_MODEL])
+def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(server, wire, model):
     """One edit runs, QUEUE may wait; those that wait have a timeout of half a second."""
     begun = threading.Event()
 
@@ -273,22 +274,22 @@ def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(serve
     with ThreadPoolExecutor(20) as pool:
         holding = pool.submit(hold)
         assert begun.wait(60)
-        models = [STREAM_MODEL, UNARY_MODEL] * 6
         timeouts = {"timeout": 500_000}
 
         def ask(number: int) -> Answer:
             inputs = raw(to_tensors("first", replace(SHORT, seed=1000 + number)))
-            if models[number] == STREAM_MODEL:
+            if model == STREAM_MODEL:
                 return wire.ask(inputs, parameters=timeouts)
             return wire.infer(UNARY_MODEL, inputs, parameters=timeouts)
 
-        answers = list(pool.map(ask, range(len(models))))
+        answers = list(pool.map(ask, range(CROWD)))
         release.set()
         holding.result(60)
+    waiting = QUEUE + (model == UNARY_MODEL)  # one has been passed on, and waits there
     told = [answer.message for answer in answers]
     assert {answer.status for answer in answers} == {"UNAVAILABLE"}, answers
-    assert sum("maximum queue size" in text for text in told) == len(models) - QUEUE, told
-    assert sum("timeout expired" in text for text in told) == QUEUE, told
+    assert sum("maximum queue size" in text for text in told) == CROWD - waiting, told
+    assert sum("timeout expired" in text for text in told) == waiting, told
     assert asked(wire).status == "OK"
 
 

@@ -45,9 +45,12 @@ class TritonPythonModel:
         self._counts = {name: self._family.Metric(labels={"from": name}) for name in ("cache", "worker")}
 
     def execute(self, requests: list[Any]) -> None:
-        """Passes requests on and returns, so that however many wait, they wait in the streaming model's queue."""
+        """Answers requests one after the other; the next ones wait in this model's queue.
+
+        Never several calls at once: those that the streaming model's full queue refuses together crash Triton 2.51.
+        """
         for request in requests:
-            threading.Thread(target=self._respond, args=(request, request.get_response_sender()), daemon=True).start()
+            self._respond(request, request.get_response_sender())
 
     def _respond(self, request: Any, sender: Any) -> None:
         caller, answers = Caller(), []
