@@ -16,8 +16,8 @@ _KEYS_AND_VALUES = 4
 """Values that the body of our attention holds per value of its keys: keys and values of two frames."""
 _VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 _NOTHING = np.zeros(2, np.int64)
-_MARGIN = 1.5
-"""Arenas grow in steps, and convolutions keep a copy of their input: measured, see tests/test_working_memory.py."""
+_MARGIN = 2
+"""Arenas grow by doubling, and convolutions keep a copy of their input: measured, tests/test_working_memory.py."""
 
 
 @dataclass(frozen=True)
