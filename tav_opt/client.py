@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -61,7 +62,8 @@ class Client:
         self._triton.start_stream(lambda result, error: answers.put((result, error)))
         ended = False
         try:
-            self._triton.async_stream_infer(STREAM_MODEL, inputs)
+            with suppress(InferenceServerException):  # a stream that broke meanwhile: its callback tells why
+                self._triton.async_stream_infer(STREAM_MODEL, inputs)
             while True:
                 result, error = answers.get()
                 ended = error is not None or result.get_response().parameters["triton_final_response"].bool_param
