@@ -9,7 +9,7 @@ import tritonclient.grpc as triton
 url, clip, prompt, out = sys.argv[1:]
 answers: Queue = Queue()
 client = triton.InferenceServerClient(url)
-client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+client.start_stream(lambda result, error: answers.put((result, error)))
 texts = {"clip": clip, "prompt": prompt}
 inputs = [triton.InferInput(name, [1], "BYTES").set_data_from_numpy(np.array([texts[name]], object)) for name in texts]
 client.async_stream_infer("tune_a_video_stream", [*inputs])
@@ -18,6 +18,9 @@ while frames is None:  # progress comes first, then one response with the frames
     result, error = answers.get()
     if error:
         sys.exit(str(error))
+    failure = result.as_numpy("error")
+    if failure is not None:
+        sys.exit(": ".join(text.decode() for text in failure))
     print(result.as_numpy("stage")[0].decode(), result.as_numpy("step")[0], "of", result.as_numpy("steps")[0])
     frames = result.as_numpy("frames")  # uint8 (prompts, f, H, W, 3)
 client.stop_stream()

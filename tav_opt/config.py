@@ -80,3 +80,29 @@ class EditConfig:
     """Start from the inverted latents of the source; False: from seeded noise."""
     inversion_steps: int | None = None
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How the served models share the machine; written into their config.pbtxt, where the worker reads it."""
+
+    instances: int = 1
+    """Edits at a time: on each GPU, or on the processor, whose cores they share."""
+    queue_size: int = 16
+    """Requests that may wait; the next one is told UNAVAILABLE at once."""
+    queue_seconds: float = 600.0
+    """How long a request may wait unless it names a timeout of its own; 0: for ever."""
+    clips_mib: int = 4096
+    """Values of clips that stay loaded; the one used longest ago goes first."""
+    inversions_mib: int = 256
+    """Inversions of videos, kept in memory."""
+    responses_mib: int = 256
+    """Responses of the unary model, for the same request again."""
+    cache: Path | None = None
+    """Folder for inversions across restarts; default: tav-opt in the user's cache folder."""
+    cache_mib: int = 2048
+    """Of that folder; 0: nothing is written."""
+    decode_seconds: float = 30.0
+    """How long a video of a request may take to decode."""
+    log_prompts: bool = False
+    """Write the prompts' text into the log."""

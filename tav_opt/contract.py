@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,7 +15,9 @@ VERSION = 1
 """Of the exported files and the served tensors; another version is refused."""
 
 STREAM_MODEL = "tune_a_video_stream"
-"""The decoupled model: progress responses, then the frames."""
+"""The decoupled model: progress responses, then the frames. Over gRPC streams."""
+UNARY_MODEL = "tune_a_video"
+"""The same edit as one response, for HTTP and plain `infer()`; the same request again is answered from a cache."""
 
 CLIP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -57,21 +59,67 @@ STREAM_INPUTS = (
     ServedTensor(
         name="inversion_steps", dtype="INT32", shape=(1,), doc="absent: those kept with the clip", optional=True
     ),
+    ServedTensor(
+        name="video", dtype="STRING", shape=(1,), doc="a video file to edit in the clip's place", optional=True
+    ),
+    ServedTensor(
+        name="source_frames",
+        dtype="UINT8",
+        shape=(-1, -1, -1, 3),
+        doc="(f, H, W, 3) RGB to edit in the clip's place",
+        optional=True,
+    ),
+    ServedTensor(
+        name="preview_interval", dtype="INT32", shape=(1,), doc="a preview every so many steps; 0: none", optional=True
+    ),
+    ServedTensor(name="output", dtype="STRING", shape=(1,), doc="frames or mp4", optional=True),
 )
-"""The names, but for `clip` and `prompt`, are those of EditConfig, and so are the defaults of what is absent."""
+"""The names of settings are those of EditConfig, and so are the defaults of what is absent; the rest is Request's."""
+UNARY_INPUTS = tuple(tensor for tensor in STREAM_INPUTS if tensor.name != "preview_interval")
 STREAM_OUTPUTS = (
     ServedTensor(name="stage", dtype="STRING", shape=(1,), doc="invert, sample or done"),
     ServedTensor(name="step", dtype="INT32", shape=(1,), doc="steps done in this stage"),
     ServedTensor(name="steps", dtype="INT32", shape=(1,), doc="steps of this stage"),
     ServedTensor(
-        name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB; empty until done"
+        name="preview",
+        dtype="UINT8",
+        shape=(-1, -1, -1, -1, 3),
+        doc="(prompts, f, h, w, 3) RGB at the latents' size; black where a prompt's turn has not come",
     ),
+    ServedTensor(name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB"),
+    ServedTensor(name="video", dtype="STRING", shape=(-1,), doc="an MP4 file of each prompt"),
     ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
+    ServedTensor(name="error", dtype="STRING", shape=(2,), doc="gRPC status and message of a failed edit"),
 )
+"""Every response of the stream has the first three; `preview` comes with some steps; the last response has `fps` and
+either `frames` or `video`. That of a failed edit has only `error`: a response like others, since errors that bear a
+gRPC status on a stream (the header `triton_grpc_error`) crash Triton 2.51 now and then."""
+UNARY_OUTPUTS = tuple(tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps"))
+
+_OF_THE_QUEUE = re.compile(r"exceeds maximum queue size|request timeout expired", re.IGNORECASE)
 
 MAX_PROMPTS = 8
 MAX_TEXT_BYTES = 4096
 """Of one text; the tokenizer's own limit, some 77 tokens, is far below."""
+MAX_VIDEO_BYTES = 64 << 20
+"""Of a video file in a request."""
+
+Output = Literal["frames", "mp4"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What a client asks for: a clip and how to edit it, or in its place a video of its frames and size."""
+
+    clip: str
+    edit: EditConfig
+    video: bytes | None = None
+    """A video file with the clip's number of frames, at its size."""
+    source_frames: np.ndarray | None = None
+    """uint8 (f, H, W, 3) RGB."""
+    preview_interval: int = 0
+    """A preview every so many steps of sampling; 0: none."""
+    output: Output = "frames"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +146,20 @@ class ClipInfo:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ClipInfo:
+    def from_json(cls, value: Any) -> ClipInfo:
         """Raises InputError for another version or missing entries."""
+        if not isinstance(value, dict):
+            raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         return cls(**{f.name: value[f.name] for f in fields(cls)})
+
+
+def status_of_refusal(message: str) -> str:
+    """The gRPC status that Triton's own refusal of a request should have, which it does not tell on a stream."""
+    return "UNAVAILABLE" if _OF_THE_QUEUE.search(message) else "INVALID_ARGUMENT"
 
 
 def check_clip_name(name: str) -> str:
@@ -114,28 +169,43 @@ def check_clip_name(name: str) -> str:
     return name
 
 
-def to_tensors(clip: str, config: EditConfig) -> dict[str, np.ndarray]:
-    """A request as the tensors of STREAM_INPUTS."""
-    values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts)}
+def to_tensors(
+    clip: str,
+    config: EditConfig,
+    *,
+    video: bytes | None = None,
+    source_frames: np.ndarray | None = None,
+    preview_interval: int = Request.preview_interval,
+    output: Output = Request.output,
+) -> dict[str, np.ndarray]:
+    """A request as the tensors of STREAM_INPUTS; raises InputError for numbers that do not fit their dtype.
+
+    Without a preview they are those of UNARY_INPUTS too.
+    """
+    values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
+    values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
     values |= {t.name: getattr(config, t.name) for t in STREAM_INPUTS if t.name not in values}
     return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
 
 
 def _to_tensor(tensor: ServedTensor, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
     values = value if isinstance(value, list) else [value]
     if tensor.dtype == "STRING":
-        return np.array([text.encode() for text in values], dtype=np.object_)
+        return np.array([item if isinstance(item, bytes) else item.encode() for item in values], dtype=np.object_)
     try:
         return np.array(values, dtype=NUMPY[tensor.dtype])
     except OverflowError:
         raise InputError(f"{tensor.name} {value} does not fit {tensor.dtype}") from None
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[str, EditConfig]:
-    """The clip's name and the settings that a request's tensors stand for: the inverse of `to_tensors`.
+def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:
+    """What a request's tensors ask for: the inverse of `to_tensors`.
 
-    Raises InputError for tensors that are missing, unknown, of another dtype or shape, or are not text. Whether the
-    values make sense is for `editing.check` to say.
+    Raises InputError for tensors that are missing, unknown, of another dtype or shape, too large, or are not text, and
+    for values that make no sense together. Whether the settings of the edit make sense is for `editing.check` to say,
+    whether a source has the clip's size for the clip.
     """
     known = {t.name: t for t in STREAM_INPUTS}
     if unknown := sorted(set(tensors) - set(known)):
@@ -146,16 +216,47 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[str, EditConfig]:
     prompts = values.pop("prompt")
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise InputError(f"{len(prompts)} prompts: 1…{MAX_PROMPTS} make a request")
-    clip = values.pop("clip")[0]
-    return clip, EditConfig(prompts=tuple(prompts), **{name: value[0] for name, value in values.items()})
+    settings = {f.name: values.pop(f.name)[0] for f in fields(EditConfig) if f.name in values}
+    frames = values.pop("source_frames", None)
+    request = Request(
+        edit=EditConfig(prompts=tuple(prompts), **settings),
+        source_frames=frames,
+        **{name: value[0] for name, value in values.items()},
+    )
+    _check(request)
+    return request
 
 
-def _from_tensor(tensor: ServedTensor, array: np.ndarray) -> list[Any]:
+def _check(request: Request) -> None:
+    if request.output not in get_args(Output):
+        raise InputError(f"output {request.output[:63]!r} is not {' or '.join(get_args(Output))}")
+    if request.preview_interval < 0:
+        raise InputError(f"preview_interval {request.preview_interval}: must be 0 (none) or more")
+    sources = [name for name in ("video", "source_frames") if getattr(request, name) is not None]
+    if len(sources) > 1:
+        raise InputError(f"{' and '.join(sources)}: give one of them, or neither to edit the clip itself")
+    if sources and not request.edit.inversion:
+        raise InputError(f"{sources[0]} without inversion would not be looked at: leave it out, or invert")
+
+
+def _from_tensor(tensor: ServedTensor, array: np.ndarray) -> Any:
     if array.dtype != NUMPY[tensor.dtype]:
         raise InputError(f"input {tensor.name} is {array.dtype}, not {tensor.dtype}")
-    if array.ndim != 1 or (tensor.shape != (-1,) and array.shape != tensor.shape):
+    if len(array.shape) != len(tensor.shape) or any(
+        free not in (-1, n) for free, n in zip(tensor.shape, array.shape, strict=True)
+    ):
         raise InputError(f"input {tensor.name} has shape {list(array.shape)}, not {list(tensor.shape)}")
-    return [_text(tensor.name, item) for item in array] if tensor.dtype == "STRING" else array.tolist()
+    if tensor.name == "video":
+        return [_video(item) for item in array]
+    if tensor.dtype == "STRING":
+        return [_text(tensor.name, item) for item in array]
+    return array if len(tensor.shape) > 1 else array.tolist()
+
+
+def _video(value: bytes) -> bytes:
+    if len(value) > MAX_VIDEO_BYTES:
+        raise InputError(f"input video has {len(value)} bytes, {MAX_VIDEO_BYTES} at most")
+    return value
 
 
 def _text(name: str, value: bytes) -> str:

@@ -17,6 +17,9 @@ Predict = Callable[[Tensor, int, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], bool | None]
 """Called after each step with its number (from 1) and the latents; returning False stops the loop."""
 
+OnClean = Callable[[int, Tensor], None]
+"""Called before `OnStep` with the step's number and the clean latents (b,c,f,h,w) that it predicts."""
+
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -140,11 +143,12 @@ def sample(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    on_clean: OnClean | None = None,
 ) -> Tensor:
     """DDIM sampling from `latents`, guided where `unconditional` text is given (one call with both batches).
 
-    latents (b,c,f,h,w), text and unconditional (b,tokens,width) → (b,c,f,h,w). Raises Stopped when `on_step`
-    returns False.
+    latents (b,c,f,h,w), text and unconditional (b,tokens,width) → (b,c,f,h,w). The noise of `eta` is one draw for all
+    of the batch, so that each sample is what it would be alone. Raises Stopped when `on_step` returns False.
     """
     guided = unconditional is not None and guidance_scale != 1.0
     both = torch.cat([cast(Tensor, unconditional), text]) if guided else text
@@ -156,8 +160,10 @@ def sample(
         else:
             predicted = predict(latents, timestep, both)
         alpha, after = schedule.alpha(timestep), schedule.alpha(timestep - stride)
+        if on_clean is not None:
+            on_clean(number, _clean_and_noise(latents, predicted, alpha, schedule.prediction_type)[0])
         if eta > 0:
-            noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(latents.device)
+            noise = torch.randn(latents[:1].shape, generator=generator, dtype=latents.dtype).to(latents.device)
             latents = stochastic_step(schedule, latents, predicted, alpha, after, eta, noise)
         else:
             latents = step(schedule, latents, predicted, alpha, after)

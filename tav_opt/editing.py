@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int, int], bool | None]
 """Called with the stage (invert or sample), its steps done and its steps; returning False stops the edit."""
+
+OnClean = Callable[[int, int, Tensor], None]
+"""Called before OnProgress in sampling with the number of the batch's first prompt, the step, and the clean latents
+(b, c, f, h, w) that it predicts."""
 
 
 def check(config: EditConfig) -> None:
@@ -62,6 +67,43 @@ def start_latents(
     )
 
 
+def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
+    """→ (1 + prompts, tokens, width), the negative prompt first; raises InputError for prompts that are too long."""
+    return engine.encode_text([config.negative_prompt, *config.prompts])
+
+
+def sample(
+    engine: Engine,
+    config: EditConfig,
+    text: Tensor,
+    start: Tensor,
+    *,
+    at_once: int = 1,
+    on_progress: OnProgress | None = None,
+    on_clean: OnClean | None = None,
+) -> Iterator[Tensor]:
+    """The sampled latents (b, c, f, h, w) of the prompts, `at_once` of them in one batch, batch after batch.
+
+    `text` is of `encode_prompts`, `start` of `start_latents`. Raises ddim.Stopped when `on_progress` returns False.
+    """
+    batches = text[1:].split(at_once)
+    total = config.steps * len(batches)
+    for number, batch in enumerate(batches):
+        yield ddim.sample(
+            engine.predict,
+            start.expand(len(batch), -1, -1, -1, -1),
+            batch,
+            engine.schedule,
+            config.steps,
+            unconditional=text[:1].expand(len(batch), -1, -1),
+            guidance_scale=config.guidance_scale,
+            eta=config.eta,
+            generator=torch.Generator().manual_seed(config.seed),
+            on_step=_steps_of("sample", total, on_progress, done=number * config.steps),
+            on_clean=None if on_clean is None else partial(on_clean, number * at_once),
+        )
+
+
 def edit(
     engine: Engine, config: EditConfig, *, frames: np.ndarray | None = None, on_progress: OnProgress | None = None
 ) -> np.ndarray:
@@ -71,25 +113,10 @@ def edit(
     ddim.Stopped when `on_progress` returns False.
     """
     check(config)
-    text = engine.encode_text([config.negative_prompt, *config.prompts])
-    latents = start_latents(engine, config, frames, on_progress)
-    total = config.steps * len(config.prompts)
-    edits = []
-    for number in range(len(config.prompts)):
-        sampled = ddim.sample(
-            engine.predict,
-            latents,
-            text[number + 1 : number + 2],
-            engine.schedule,
-            config.steps,
-            unconditional=text[:1],
-            guidance_scale=config.guidance_scale,
-            eta=config.eta,
-            generator=torch.Generator().manual_seed(config.seed),
-            on_step=_steps_of("sample", total, on_progress, done=number * config.steps),
-        )
-        edits.append(engine.decode(sampled))
-    return np.concatenate(edits)
+    text = encode_prompts(engine, config)
+    start = start_latents(engine, config, frames, on_progress)
+    sampled = sample(engine, config, text, start, on_progress=on_progress)
+    return np.concatenate([engine.decode(latents) for latents in sampled])
 
 
 def _steps_of(stage: str, total: int, on_progress: OnProgress | None, done: int = 0) -> ddim.OnStep | None:

@@ -1,15 +1,15 @@
-"""What tuning and editing need in memory, by a count of values, and what the machine has."""
+"""What tuning and editing need in memory, by a count of values, against what is free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
 import torch
 from diffusers.models.transformers import Transformer2DModel
 from torch import nn
 
 from tav_opt.config import InputError, TrainConfig
+from tav_opt.free_memory import free_bytes
 from tav_opt.models import StableDiffusion
 from tav_opt.unet import VideoResnetBlock, VideoUNet, trained_names
 
@@ -108,10 +108,3 @@ def check_editing(sd: StableDiffusion, frames: int, height: int, width: int) -> 
             f"editing {frames} frames of {width}×{height} needs about {needed / 2**30:.1f} GiB, "
             f"{sd.unet.device.type} has {free / 2**30:.1f} GiB: try fewer frames or a smaller size"
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nothing uses."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

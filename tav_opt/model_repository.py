@@ -1,40 +1,70 @@
-"""The files of the served model beside the exported clips: its configuration, made from the contract, and model.py."""
+"""The files of the served models beside the exported clips: their configuration, from the contract, and model.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from tav_opt.contract import STREAM_INPUTS, STREAM_MODEL, STREAM_OUTPUTS, ServedTensor
+from tav_opt.config import InputError, WorkerConfig
+from tav_opt.contract import (
+    STREAM_INPUTS,
+    STREAM_MODEL,
+    STREAM_OUTPUTS,
+    UNARY_INPUTS,
+    UNARY_MODEL,
+    UNARY_OUTPUTS,
+    ServedTensor,
+)
 from tav_opt.files import whole
 
 MODEL_PY = '''"""Runs inside the Python backend of NVIDIA Triton Inference Server."""
 
-from tav_opt.serving.worker import TritonPythonModel
+from tav_opt.serving.{module} import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-
-
-def config_pbtxt() -> str:
-    """The configuration of the streaming model: decoupled, one edit at a time, the others wait in Triton's queue."""
-    return f"""# Generated from tav_opt/contract.py by tav_opt/model_repository.py.
-name: "{STREAM_MODEL}"
+_HEAD = """# Generated from tav_opt/contract.py by tav_opt/model_repository.py.
+name: "{name}"
 backend: "python"
 max_batch_size: 0
-model_transaction_policy {{ decoupled: true }}
-input [
-{_tensors(STREAM_INPUTS)}
-]
-output [
-{_tensors(STREAM_OUTPUTS)}
-]
-instance_group [{{ kind: KIND_CPU, count: 1 }}]
 """
 
 
-def _tensors(tensors: Iterable[ServedTensor]) -> str:
-    return ",\n".join(_tensor(tensor) for tensor in tensors)
+def stream_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 — frozen
+    """The configuration of the streaming model: decoupled, one edit at a time, the others wait in Triton's queue."""
+    return f"""{_HEAD.format(name=STREAM_MODEL)}model_transaction_policy {{ decoupled: true }}
+{_tensors(STREAM_INPUTS, STREAM_OUTPUTS)}
+instance_group [{{ kind: KIND_AUTO, count: {config.instances} }}]
+{_queue(config)}
+{_parameters(config)}
+"""
+
+
+def unary_config(config: WorkerConfig = WorkerConfig()) -> str:  # noqa: B008 — frozen
+    """The configuration of the unary model, which passes one request at a time on to the streaming one."""
+    return f"""{_HEAD.format(name=UNARY_MODEL)}{_tensors(UNARY_INPUTS, UNARY_OUTPUTS)}
+instance_group [{{ kind: KIND_CPU, count: 1 }}]
+{_queue(config)}
+{_parameters(config)}
+"""
+
+
+def _queue(config: WorkerConfig) -> str:
+    return f"""dynamic_batching {{
+  default_queue_policy {{
+    max_queue_size: {config.queue_size}
+    timeout_action: REJECT
+    default_timeout_microseconds: {round(config.queue_seconds * 1e6)}
+    allow_timeout_override: true
+  }}
+}}"""
+
+
+def _tensors(inputs: Iterable[ServedTensor], outputs: Iterable[ServedTensor]) -> str:
+    lists = (",\n".join(_tensor(tensor) for tensor in tensors) for tensors in (inputs, outputs))
+    return "input [\n{}\n]\noutput [\n{}\n]".format(*lists)
 
 
 def _tensor(tensor: ServedTensor) -> str:
@@ -43,10 +73,60 @@ def _tensor(tensor: ServedTensor) -> str:
     return f'  {{ name: "{tensor.name}", data_type: TYPE_{tensor.dtype}, dims: [{shape}]{optional} }}'
 
 
-def write_model_files(repository: Path) -> None:
-    """Writes `config.pbtxt` and `1/model.py` of the served model into a model repository, where they differ."""
-    model = repository / STREAM_MODEL
-    for path, text in ((model / "config.pbtxt", config_pbtxt()), (model / "1" / "model.py", MODEL_PY)):
+def _parameters(config: WorkerConfig) -> str:
+    values = {name: "" if value is None else str(value) for name, value in asdict(config).items()}
+    return "\n".join(
+        f'parameters {{ key: "{name}" value {{ string_value: "{_quoted(value)}" }} }}' for name, value in values.items()
+    )
+
+
+def read_parameters(model_config: Mapping[str, Any]) -> WorkerConfig:
+    """The settings in a served model's configuration, as Triton hands it over; what is absent has its default."""
+    found = {name: value["string_value"] for name, value in model_config.get("parameters", {}).items()}
+    default = asdict(WorkerConfig())
+    return WorkerConfig(**{name: _read(found[name], default[name]) for name in default if name in found})
+
+
+def _read(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        return text == "True"
+    if default is None:
+        return Path(text) if text else None
+    return type(default)(text)
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"")
+
+
+def _check(config: WorkerConfig) -> None:
+    for name, low, high in (
+        ("instances", 1, 64),
+        ("queue_size", 1, 100_000),
+        ("queue_seconds", 0, 86_400),
+        ("clips_mib", 0, 2**30),
+        ("inversions_mib", 0, 2**30),
+        ("responses_mib", 0, 2**30),
+        ("cache_mib", 0, 2**30),
+        ("decode_seconds", 0.1, 3600),
+    ):
+        if not low <= (value := getattr(config, name)) <= high:
+            raise InputError(f"{name.replace('_', ' ')} {value} is not within {low}…{high}")
+
+
+def write_model_files(repository: Path, config: WorkerConfig = WorkerConfig()) -> None:  # noqa: B008 — frozen
+    """Writes `config.pbtxt` and `1/model.py` of the served models into a model repository, where they differ.
+
+    Raises InputError for settings out of range.
+    """
+    _check(config)
+    stream, unary = repository / STREAM_MODEL, repository / UNARY_MODEL
+    for path, text in (
+        (stream / "config.pbtxt", stream_config(config)),
+        (stream / "1" / "model.py", MODEL_PY.format(module="worker")),
+        (unary / "config.pbtxt", unary_config(config)),
+        (unary / "1" / "model.py", MODEL_PY.format(module="unary")),
+    ):
         if not path.is_file() or path.read_text() != text:
             with whole(path) as temporary:
                 temporary.write_text(text)

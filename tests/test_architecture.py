@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     ("config",),
-    ("files", "command", "reference_config", "sources", "sheet"),
+    ("files", "free_memory", "command", "reference_config", "sources", "sheet"),
     ("contract", "video", "ddim", "kernels", "pixels"),
     ("attention", "checkpoint", "model_repository"),
     ("unet", "resume"),

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tav_opt.config import EditConfig, InputError
-from tav_opt.contract import STREAM_INPUTS, ClipInfo, check_clip_name, from_tensors, to_tensors
+from tav_opt.contract import (
+    MAX_VIDEO_BYTES,
+    STREAM_INPUTS,
+    UNARY_INPUTS,
+    ClipInfo,
+    Request,
+    check_clip_name,
+    from_tensors,
+    to_tensors,
+)
 
 TEXT = st.text(max_size=80).filter(lambda text: "\x00" not in text)
 INFO = ClipInfo(
@@ -34,16 +43,33 @@ INFO = ClipInfo(
     ),
 )
 def test_a_request_survives_the_wire(clip, config):
-    assert from_tensors(to_tensors(clip, config)) == (clip, config)
+    request = from_tensors(to_tensors(clip, config))
+    assert (request.clip, request.edit) == (clip, config)
+    assert (request.video, request.source_frames, request.preview_interval, request.output) == (None, None, 0, "frames")
 
 
-def test_every_setting_of_an_edit_is_served():
-    assert {t.name for t in STREAM_INPUTS} - {"clip", "prompt"} == {f.name for f in fields(EditConfig)} - {"prompts"}
+def test_sources_previews_and_output_survive_the_wire():
+    config, frames = EditConfig(prompts=("x",)), np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    request = from_tensors(to_tensors("toy", config, source_frames=frames, preview_interval=3, output="mp4"))
+    assert np.array_equal(request.source_frames, frames)
+    assert (request.preview_interval, request.output, request.video) == (3, "mp4", None)
+    assert from_tensors(to_tensors("toy", config, video=b"\xff\x00")).video == b"\xff\x00"
+
+
+def test_every_setting_of_a_request_is_served():
+    names = {t.name for t in STREAM_INPUTS}
+    assert names - {"prompt"} == ({f.name for f in fields(EditConfig)} | {f.name for f in fields(Request)}) - {
+        "prompts",
+        "edit",
+    }
+    assert names - {t.name for t in UNARY_INPUTS} == {"preview_interval"}
 
 
 def test_what_is_absent_has_the_defaults_of_editing():
     few = {name: to_tensors("toy", EditConfig(prompts=("a", "b")))[name] for name in ("clip", "prompt")}
-    assert from_tensors(few) == ("toy", EditConfig(prompts=("a", "b")))
+    request = from_tensors(few)
+    assert (request.clip, request.edit) == ("toy", EditConfig(prompts=("a", "b")))
+    assert (request.preview_interval, request.output) == (Request.preview_interval, Request.output)
 
 
 def text(*items: bytes) -> np.ndarray:
@@ -64,6 +90,16 @@ def text(*items: bytes) -> np.ndarray:
         ({"steps": np.array([4], np.int64)}, "steps is int64, not INT32"),
         ({"steps": np.array([4, 4], np.int32)}, r"steps has shape \[2\], not \[1\]"),
         ({"frobnicate": np.array([1])}, "'frobnicate' is unknown"),
+        ({"output": text(b"gif")}, "output 'gif' is not frames or mp4"),
+        ({"preview_interval": np.array([-1], np.int32)}, "preview_interval -1"),
+        ({"video": text(b"a" * (MAX_VIDEO_BYTES + 1))}, "video has 67108865 bytes"),
+        (
+            {"source_frames": np.zeros((2, 4, 3), np.uint8)},
+            r"source_frames has shape \[2, 4, 3\], not \[-1, -1, -1, 3\]",
+        ),
+        ({"source_frames": np.zeros((2, 4, 4, 4), np.uint8)}, r"not \[-1, -1, -1, 3\]"),
+        ({"source_frames": np.zeros((2, 4, 4, 3), np.uint8), "video": text(b"a")}, "video and source_frames: give one"),
+        ({"video": text(b"a"), "inversion": np.array([False])}, "video without inversion"),
     ],
 )
 def test_malformed_requests_are_refused(change, words):

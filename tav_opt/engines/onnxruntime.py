@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256 as hash_of
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from tav_opt.checkpoint import load_tensors
 from tav_opt.config import InputError
-from tav_opt.contract import STREAM_MODEL, VERSION, ClipInfo, check_clip_name
+from tav_opt.contract import MAX_PROMPTS, STREAM_MODEL, VERSION, ClipInfo, check_clip_name
 from tav_opt.ddim import Schedule
+from tav_opt.engines.working_memory import WorkingMemory
 from tav_opt.files import read_json, sha256
 from tav_opt.pixels import to_frames, to_unit
 
 GRAPHS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
+MANIFEST = "manifest.json"
 FRAMES_AT_ONCE = 4
 """The VAE's frames in one call: its memory grows with them."""
 
@@ -93,6 +97,8 @@ class OnnxBase:
     """What all clips of one base model and size share: its graphs, tokenizer and schedule."""
 
     folder: Path
+    revision: str
+    """Of its files."""
     sessions: dict[str, Any]
     tokenizer: Tokenizer
     tokens: int
@@ -100,27 +106,41 @@ class OnnxBase:
     """Graph inputs of the UNet by the parameter that they stand for."""
     schedule: Schedule
     device: torch.device
+    working: dict[str, WorkingMemory]
+    """Of each graph."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Bytes that each graph's arena has grown to by its largest run so far; it keeps them for the next one."""
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int | None = None) -> OnnxBase:
-        """Opens `base/<…>` of an exported repository.
+    def open(cls, folder: Path, *, threads: int | None = None, device: torch.device | None = None) -> OnnxBase:
+        """Opens `base/<…>` of an exported repository on a device, the best one unless told.
 
         Raises InputError when it is missing, of another version, or one of its files is missing or altered.
         """
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION:
             raise InputError(f"{folder}: version {manifest.get('version')!r} is not {VERSION}: export it again")
         _verify(folder, manifest, [*(f"{name}.onnx" for name in GRAPHS), "tokenizer.json"])
-        device = best_device()
+        device = best_device() if device is None else device
         return cls(
             folder=folder,
+            revision=hash_of(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest(),
             sessions={name: session(folder / f"{name}.onnx", device, threads) for name in GRAPHS},
             tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
             tokens=manifest["tokens"],
             value_inputs=manifest["values"],
             schedule=Schedule.from_config(manifest["scheduler"]),
             device=device,
+            working={name: WorkingMemory.of(folder / f"{name}.onnx") for name in GRAPHS},
         )
+
+    def extra_bytes(self, items: dict[str, int]) -> int:
+        """What runs of graphs on so many items each need beyond the arenas that are there."""
+        return sum(max(0, self.working[name].bytes(count) - self.held.get(name, 0)) for name, count in items.items())
+
+    def ran(self, name: str, items: int) -> None:
+        """Takes note of the arena that a run leaves behind."""
+        self.held[name] = max(self.held.get(name, 0), self.working[name].bytes(items))
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """→ ids (prompts, tokens), padded; raises InputError naming the words beyond the tokenizer's length."""
@@ -139,9 +159,13 @@ class OnnxEngine:
 
     base: OnnxBase
     info: ClipInfo
+    revision: str
+    """Of its values, latents and base: another export of the clip has another."""
     source_latents: Tensor
     inverted_latents: Tensor
     graphs: dict[str, Bound]
+    nbytes: int
+    """Of its values and latents in memory."""
 
     @classmethod
     def open(cls, folder: Path, base: OnnxBase) -> OnnxEngine:
@@ -149,7 +173,7 @@ class OnnxEngine:
 
         Raises InputError when the clip is missing or altered, or belongs to another base.
         """
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_json(folder / MANIFEST)
         info = ClipInfo.from_json(manifest)
         if info.exported_base != base.folder.name:
             raise InputError(f"clip {folder.name} belongs to base {info.exported_base}, not to {base.folder.name}")
@@ -162,6 +186,8 @@ class OnnxEngine:
         return cls(
             base=base,
             info=info,
+            revision=hash_of(json.dumps([manifest, base.revision], sort_keys=True).encode()).hexdigest(),
+            nbytes=sum(value.nbytes for value in (*bound.values(), *latents.values())),
             source_latents=latents["source"].to(base.device),
             inverted_latents=latents["inverted"].to(base.device),
             graphs={
@@ -170,28 +196,41 @@ class OnnxEngine:
             },
         )
 
+    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
+        frames = min(FRAMES_AT_ONCE, self.info.frames)
+        items = {"text_encoder": MAX_PROMPTS + 1, "unet": 2 * prompts, "vae_decoder": frames}
+        pixels = self.info.frames * self.info.height * self.info.width * 3
+        # The frames of all prompts as they are put together, and in the response.
+        return self.base.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
+
+    def _run(self, name: str, **inputs: Tensor) -> Tensor:
+        output = self.graphs[name](**inputs)
+        self.base.ran(name, output.shape[0])
+        return output
+
     @property
     def schedule(self) -> Schedule:
         return self.base.schedule
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        return self.graphs["text_encoder"](input_ids=self.base.tokenize(prompts))
+        return self._run("text_encoder", input_ids=self.base.tokenize(prompts))
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
         exported = (self.info.frames, self.info.height, self.info.width, 3)
         if frames.shape != exported:
             raise InputError(f"frames are {frames.shape} (f, H, W, 3), but the clip was exported for {exported}")
         parts = to_unit(frames).split(FRAMES_AT_ONCE)
-        latents = torch.cat([self.graphs["vae_encoder"](pixels=part) for part in parts])
+        latents = torch.cat([self._run("vae_encoder", pixels=part) for part in parts])
         return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
 
     def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
         timesteps = torch.full((latents.shape[0],), timestep, dtype=torch.int64)
-        return self.graphs["unet"](latents=latents, timestep=timesteps, text=text)
+        return self._run("unet", latents=latents, timestep=timesteps, text=text)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         images = latents.transpose(1, 2).flatten(0, 1)  # (b f) c h w
-        parts = [to_frames(self.graphs["vae_decoder"](latents=part)) for part in images.split(FRAMES_AT_ONCE)]
+        parts = [to_frames(self._run("vae_decoder", latents=part)) for part in images.split(FRAMES_AT_ONCE)]
         frames = np.concatenate(parts)
         return frames.reshape(latents.shape[0], -1, *frames.shape[1:])
 
@@ -204,9 +243,9 @@ def open_clip(repository: Path, name: str, *, threads: int | None = None) -> Onn
     folder = repository / STREAM_MODEL / str(VERSION)
     clip = folder / "clips" / check_clip_name(name)
     if not clip.is_dir():
-        known = sorted(path.parent.name for path in folder.glob("clips/*/manifest.json"))
+        known = sorted(path.parent.name for path in folder.glob(f"clips/*/{MANIFEST}"))
         raise InputError(f"clip {name!r} is not in {repository}: {', '.join(known) or 'no clip is'}")
-    info = ClipInfo.from_json(read_json(clip / "manifest.json"))
+    info = ClipInfo.from_json(read_json(clip / MANIFEST))
     return OnnxEngine.open(clip, OnnxBase.open(folder / "base" / info.exported_base, threads=threads))
 
 

@@ -1,125 +1,67 @@
-"""What runs inside Triton Inference Server's Python backend: one edit at a time, told of step by step.
-
-Nothing here needs Triton but `TritonPythonModel`, the thin face of it at the end.
-"""
+"""The streaming model as the Python backend of NVIDIA Triton Inference Server drives it: a thin face of `edits`."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from tav_opt import editing
-from tav_opt.config import InputError
-from tav_opt.contract import CLIP_NAME, STREAM_INPUTS, ClipInfo, check_clip_name, from_tensors
+from tav_opt.config import WorkerConfig
+from tav_opt.contract import STREAM_INPUTS
 from tav_opt.ddim import Stopped
-from tav_opt.engines import Engine, onnxruntime
-from tav_opt.files import read_json
+from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device
+from tav_opt.free_memory import free_bytes
+from tav_opt.model_repository import read_parameters
+from tav_opt.serving.caller import Line
+from tav_opt.serving.clips import Clips
+from tav_opt.serving.decoding import decode
+from tav_opt.serving.edits import Editor
+from tav_opt.serving.failures import DeadlinePassed, message, status
+from tav_opt.serving.inversions import Inversions
+from tav_opt.serving.metrics import Metrics
+from tav_opt.serving.report import Report
 
-Status = Literal["INVALID_ARG", "NOT_FOUND", "CANCELLED", "INTERNAL"]
-Send = Callable[[dict[str, np.ndarray]], None]
-
-
-class UnknownClip(InputError):
-    """No clip of that name is exported."""
-
-
-class Clips:
-    """The exported clips of a version folder, found when asked for and kept open; one base serves all of its clips."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._bases: dict[str, onnxruntime.OnnxBase] = {}
-        self._open: dict[str, tuple[int, Engine]] = {}
-
-    def names(self) -> list[str]:
-        """Of all clips that are there now."""
-        found = (path.parent.name for path in self._folder.glob("clips/*/manifest.json"))
-        return sorted(name for name in found if CLIP_NAME.match(name))
-
-    def get(self, name: str) -> Engine:
-        """The engine of a clip, opened anew where it was exported anew.
-
-        Raises UnknownClip, and RuntimeError for an exported clip that is damaged.
-        """
-        try:
-            manifest = self._folder / "clips" / check_clip_name(name) / "manifest.json"
-            stamp = manifest.stat().st_mtime_ns
-        except (InputError, FileNotFoundError):
-            self._open.pop(name, None)
-            raise UnknownClip(
-                f"clip {name[:63]!r} is unknown; exported are: {', '.join(self.names()) or 'none'}"
-            ) from None
-        if name not in self._open or self._open[name][0] != stamp:
-            self._open[name] = stamp, self._opened(manifest)
-        return self._open[name][1]
-
-    def _opened(self, manifest: Path) -> Engine:
-        try:
-            base = ClipInfo.from_json(read_json(manifest)).exported_base
-            if base not in self._bases:
-                self._bases[base] = onnxruntime.OnnxBase.open(self._folder / "base" / base)
-            return onnxruntime.OnnxEngine.open(manifest.parent, self._bases[base])
-        except (ValueError, KeyError) as error:
-            # The client gave nothing wrong: not an InputError any more.
-            raise RuntimeError(f"clip {manifest.parent.name} cannot be opened: {error}") from error
+MIB = 1 << 20
 
 
-def answer(
-    tensors: Mapping[str, np.ndarray], clips: Callable[[str], Engine], send: Send, is_cancelled: Callable[[], bool]
-) -> dict[str, np.ndarray]:
-    """Answers one request: sends a progress response after every step and returns the last response.
-
-    `tensors` are STREAM_INPUTS, responses STREAM_OUTPUTS. Raises InputError for a bad request, UnknownClip, and
-    ddim.Stopped within one step of `is_cancelled`.
-    """
-    if is_cancelled():
-        raise Stopped
-    clip, config = from_tensors(tensors)
-    editing.check(config)
-    engine = clips(clip)
-
-    def on_progress(stage: str, step: int, steps: int) -> bool:
-        if is_cancelled():
-            return False
-        send(_progress(stage, step, steps))
-        return True
-
-    frames = editing.edit(engine, config, on_progress=on_progress)
-    steps = config.steps * len(config.prompts)
-    return {**_progress("done", steps, steps), "frames": frames, "fps": np.array([engine.info.fps], np.float32)}
+def cache_folder(config: WorkerConfig) -> Path | None:
+    """Where inversions are kept: the configured folder, else the user's cache folder; None where nothing shall be."""
+    if not config.cache_mib:
+        return None
+    if config.cache is not None:
+        return config.cache
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "tav-opt" / "inversions"
 
 
-def _progress(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
-    return {
-        "stage": np.array([stage.encode()], np.object_),
-        "step": np.array([step], np.int32),
-        "steps": np.array([steps], np.int32),
-    }
+def device_of(args: dict[str, str]) -> torch.device:
+    """The device that Triton placed a model instance on, or the processor where onnxruntime cannot use that GPU."""
+    best = best_device()
+    if best.type == "cuda" and args["model_instance_kind"] == "GPU":
+        return torch.device("cuda", int(args["model_instance_device_id"]))
+    return torch.device("cpu")
 
 
-def status(error: Exception) -> Status:
-    """What a failure is called on the wire."""
-    match error:
-        case UnknownClip():
-            return "NOT_FOUND"
-        case InputError():
-            return "INVALID_ARG"
-        case Stopped():
-            return "CANCELLED"
-    return "INTERNAL"
+def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
+    """onnxruntime's threads: every core for one instance, else a share of them."""
+    if device.type != "cpu" or config.instances == 1:
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // config.instances)
 
 
-def message(error: Exception) -> str:
-    """What the client is told of a failure."""
-    if isinstance(error, Stopped):
-        return "the edit was cancelled"
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}".splitlines()[0]
+def warm_up(engine: OnnxEngine) -> None:
+    """Runs every graph of an edit once, so that the first request finds memory and kernels ready."""
+    text = engine.encode_text(["", ""])
+    engine.predict(engine.inverted_latents.expand(2, -1, -1, -1, -1), 0, text)
+    engine.decode(engine.source_latents[:, :, :FRAMES_AT_ONCE])
 
 
 class TritonPythonModel:
@@ -129,10 +71,44 @@ class TritonPythonModel:
         import triton_python_backend_utils as pb_utils
 
         self._pb: Any = pb_utils
-        self._clips = Clips(Path(args["model_repository"]) / args["model_version"])
+        self._config = config = read_parameters(json.loads(args["model_config"]))
         # onnxruntime's own threads take every core; torch does small sums only and must not compete with them.
         torch.set_num_threads(1)
-        pb_utils.Logger.log_info(f"clips: {', '.join(self._clips.names()) or 'none'}")
+        device = device_of(args)
+        self._clips = Clips(
+            Path(args["model_repository"]) / args["model_version"],
+            limit=config.clips_mib * MIB,
+            device=device,
+            threads=threads_of(config, device),
+        )
+        self._inversions = Inversions(
+            memory_limit=config.inversions_mib * MIB,
+            folder=cache_folder(config),
+            disk_limit=config.cache_mib * MIB,
+            on_trouble=pb_utils.Logger.log_warn,
+        )
+        self._editor = Editor(
+            clips=self._clips.get,
+            inversions=self._inversions,
+            decode=lambda data, info, go_on: decode(data, info, seconds=config.decode_seconds, keep_waiting=go_on),
+            free_bytes=partial(free_bytes, device),
+        )
+        self._metrics = Metrics(pb_utils, args["model_instance_name"])
+        self._warm_up()
+        self._set_gauges()
+
+    def _warm_up(self) -> None:
+        began, bases = time.perf_counter(), set[str]()
+        for name in self._clips.names():
+            try:
+                engine = self._clips.get(name)
+                if engine.info.exported_base not in bases:
+                    bases.add(engine.info.exported_base)
+                    warm_up(engine)
+            except Exception as error:  # that clip is refused when it is asked for; the others are served
+                self._pb.Logger.log_error(message(error))
+        spent = time.perf_counter() - began
+        self._pb.Logger.log_info(f"clips: {', '.join(self._clips.names()) or 'none'}; warm in {spent:.1f} s")
 
     def execute(self, requests: list[Any]) -> None:
         """Answers requests one after the other; the next ones wait in Triton's queue."""
@@ -142,27 +118,68 @@ class TritonPythonModel:
     def _respond(self, request: Any) -> None:
         sender = request.get_response_sender()
         self._pb.Logger.log_info(f"request {request.request_id()!r} begins")  # Server reads this
-        started = time.perf_counter()
-        ended = "ok"
+        began, report, ended = time.perf_counter(), Report(), "OK"
+        line = _line(request)
         try:
-            last = self._response(
-                answer(self._inputs(request), self._clips.get, self._sender(sender), sender.is_cancelled)
-            )
+            go_on = partial(self._go_on, sender, line, _deadline(request))
+            send = self._send(sender, report)
+            last = self._response(self._editor.answer(self._inputs(request), send, go_on, report), report)
         except Exception as error:  # whatever a request does, the process lives
             ended = status(error)
             if ended == "INTERNAL":
                 self._pb.Logger.log_error(traceback.format_exc())
-            code = getattr(self._pb.TritonError, ended)
-            last = self._pb.InferenceResponse(error=self._pb.TritonError(message(error), code))
+            # A response like others: errors on a stream crash Triton 2.51 where the client wants their gRPC status.
+            told = np.array([ended.encode(), message(error).encode()], np.object_)
+            last = self._response({"error": told}, report)
+        finally:
+            if line is not None:
+                line.close()
+        seconds = time.perf_counter() - began
+        self._metrics.ended(ended, seconds, report)  # before the client can ask for them
+        self._set_gauges()
         sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {time.perf_counter() - started:.3f} s")
+        settings = report.line(prompts=self._config.log_prompts)
+        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
+
+    def _go_on(self, sender: Any, line: Line | None, deadline: tuple[float, float] | None) -> None:
+        """Raises ddim.Stopped when the client has gone, has cancelled, or has set a deadline that is over."""
+        if sender.is_cancelled() or (line is not None and line.is_hung_up()):
+            raise Stopped
+        if deadline is not None and time.monotonic() > deadline[0]:
+            raise DeadlinePassed(f"the edit was stopped: its timeout of {deadline[1]:g} s passed")
 
     def _inputs(self, request: Any) -> dict[str, np.ndarray]:
         found = {t.name: self._pb.get_input_tensor_by_name(request, t.name) for t in STREAM_INPUTS}
         return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
 
-    def _sender(self, sender: Any) -> Send:
-        return lambda tensors: sender.send(self._response(tensors))
+    def _send(self, sender: Any, report: Report) -> Callable[[dict[str, np.ndarray]], None]:
+        return lambda tensors: sender.send(self._response(tensors, report))
 
-    def _response(self, tensors: dict[str, np.ndarray]) -> Any:
+    def _response(self, tensors: dict[str, np.ndarray], report: Report) -> Any:
+        report.sent_bytes += sum(map(_bytes, tensors.values()))
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])
+
+    def _set_gauges(self) -> None:
+        clips, clips_bytes = self._clips.resident()
+        self._metrics.set(
+            clips_resident=clips,
+            clips_bytes=clips_bytes,
+            inversions_memory_bytes=self._inversions.memory_bytes(),
+            inversions_disk_bytes=self._inversions.disk_bytes(),
+        )
+
+
+def _bytes(tensor: np.ndarray) -> int:
+    return sum(map(len, tensor)) if tensor.dtype == np.object_ else tensor.nbytes
+
+
+def _line(request: Any) -> Line | None:
+    """To the model of this server that asked; None where a client did."""
+    parameters = json.loads(request.parameters() or "{}")
+    return Line(parameters["caller"]) if "caller" in parameters else None
+
+
+def _deadline(request: Any) -> tuple[float, float] | None:
+    """When the request's timeout is over, counted from now, and the timeout in seconds; None where it has none."""
+    seconds = request.timeout() / 1e6
+    return (time.monotonic() + seconds, seconds) if seconds > 0 else None

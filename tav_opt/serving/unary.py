@@ -1,0 +1,110 @@
+"""The unary model: one edit of the streaming model as one response. It needs neither torch nor an engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, VERSION, status_of_refusal
+from tav_opt.model_repository import read_parameters
+from tav_opt.serving.caller import Caller
+from tav_opt.serving.responses import Response, Responses, key
+
+POLL_SECONDS = 0.05
+"""How often it is looked whether the client has gone."""
+
+CODES = {"INVALID_ARGUMENT": "INVALID_ARG"}
+"""Statuses that Triton's Python backend calls otherwise than gRPC."""
+
+
+class Refused(Exception):
+    """The edit failed: with a gRPC status, and a message."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TritonPythonModel:
+    """The model as the Python backend drives it."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        import triton_python_backend_utils as pb_utils
+
+        self._pb: Any = pb_utils
+        config = read_parameters(json.loads(args["model_config"]))
+        self._clips = Path(args["model_repository"]).parent / STREAM_MODEL / str(VERSION) / "clips"
+        self._responses = Responses(config.responses_mib << 20)
+        self._family = pb_utils.MetricFamily(
+            name="tav_opt_responses_total",
+            description="Unary responses by where they came from",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._counts = {name: self._family.Metric(labels={"from": name}) for name in ("cache", "worker")}
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answers requests one after the other; the next ones wait in this model's queue.
+
+        Never several calls at once: those that the streaming model's full queue refuses together crash Triton 2.51.
+        """
+        for request in requests:
+            self._respond(request, request.get_response_sender())
+
+    def _respond(self, request: Any, sender: Any) -> None:
+        caller, answers = Caller(), []
+
+        def answer() -> None:
+            try:
+                answers.append(self._response(self._answer(request, caller.name)))
+            except Exception as error:  # whatever a request does, it gets a response
+                status = error.status if isinstance(error, Refused) else "INTERNAL"
+                code = getattr(self._pb.TritonError, CODES.get(status, status))
+                answers.append(self._pb.InferenceResponse(error=self._pb.TritonError(str(error), code)))
+
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
+        while answering.is_alive():
+            answering.join(POLL_SECONDS)
+            # Asked by the thread that sends the response: afterwards Triton 2.51 would crash.
+            if answering.is_alive() and sender.is_cancelled():
+                caller.hang_up()
+                answering.join()
+        caller.hang_up()
+        sender.send(answers[0], flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _answer(self, request: Any, caller: str) -> Response:
+        found = [self._pb.get_input_tensor_by_name(request, tensor.name) for tensor in UNARY_INPUTS]
+        inputs = [tensor for tensor in found if tensor is not None]
+        name = key({tensor.name(): tensor.as_numpy() for tensor in inputs}, self._clips)
+        kept = self._responses.get(name)
+        self._counts["worker" if kept is None else "cache"].increment(1)
+        if kept is not None:
+            return kept
+        response = self._call(request, inputs, caller)
+        self._responses.put(name, response)
+        return response
+
+    def _call(self, request: Any, inputs: list[Any], caller: str) -> Response:
+        """The last response of the streaming model; raises Refused."""
+        passed_on = self._pb.InferenceRequest(
+            model_name=STREAM_MODEL,
+            request_id=request.request_id(),
+            inputs=inputs,
+            requested_output_names=["error", *(tensor.name for tensor in UNARY_OUTPUTS)],
+            timeout=request.timeout(),
+            parameters={"caller": caller},
+        )
+        last: Response = {}
+        for response in passed_on.exec(decoupled=True):
+            if response.has_error():
+                message = response.error().message()
+                raise Refused(status_of_refusal(message), message)
+            last = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or last
+        if "error" in last:
+            raise Refused(*(text.decode() for text in last["error"]))
+        return last
+
+    def _response(self, tensors: Response) -> Any:
+        return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])

@@ -1,0 +1,353 @@
+"""Both models in the real server: what they answer, refuse, keep, count and log."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from exported import FRAMES, SIDE, STEPS, Exported, export_once
+from served import Answer, Wire, metrics, post, raw, request, serving
+from test_worker import lossless
+
+from tav_opt import contract, editing, video
+from tav_opt.config import EditConfig, WorkerConfig
+from tav_opt.contract import STREAM_MODEL, UNARY_MODEL, to_tensors
+from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
+from tav_opt.serving.server import Server
+
+QUEUE, CROWD = 3, 12
+SHORT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5)
+LONG = replace(SHORT, steps=1000)
+
+
+@pytest.fixture(scope="module")
+def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_once(golden, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def engine(exported: Exported) -> OnnxEngine:
+    """The same clip, without a server: the truth."""
+    return open_clip(exported.repository, "first", threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served")
+    repository = Path(shutil.copytree(exported.repository, folder / "repository"))
+    with serving(repository, WorkerConfig(queue_size=QUEUE, cache=folder / "cache")) as running:
+        yield running
+
+
+@pytest.fixture
+def wire(server: Server) -> Iterator[Wire]:
+    with Wire(server.grpc_url) as connected:
+        yield connected
+
+
+def asked(wire: Wire, config: EditConfig = SHORT, **changes) -> Answer:
+    return wire.ask(raw(to_tensors("first", config, **changes)))
+
+
+def stages(answer: Answer) -> list[str]:
+    return [response["stage"][0].decode() for response in answer.responses if response]
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    difference = np.abs(found.astype(int) - expected)
+    assert found.shape == expected.shape
+    assert expected.std() > 10, "a flat picture would prove nothing"
+    assert difference.mean() <= 0.05 and difference.max() <= 2, (difference.mean(), difference.max())
+
+
+# What is offered.
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs"),
+    [
+        (STREAM_MODEL, contract.STREAM_INPUTS, contract.STREAM_OUTPUTS),
+        (UNARY_MODEL, contract.UNARY_INPUTS, contract.UNARY_OUTPUTS),
+    ],
+)
+def test_the_server_offers_what_the_contract_says(server, model, inputs, outputs):
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        config = client.get_model_config(model).config
+    for declared, found in ((inputs, config.input), (outputs, config.output)):
+        expected = [(tensor.name, f"TYPE_{tensor.dtype}", list(tensor.shape)) for tensor in declared]
+        kinds = type(config).DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
+        assert [(t.name, kinds.values_by_number[t.data_type].name, list(t.dims)) for t in found] == expected
+    assert [t.optional for t in config.input] == [tensor.optional for tensor in inputs]
+    policy = config.dynamic_batching.default_queue_policy
+    assert policy.max_queue_size == QUEUE
+    assert not config.response_cache.enable, "it keeps failures as successes"
+
+
+# Edits.
+
+
+def other_frames(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def test_frames_that_are_sent_are_edited_and_inverted_once(wire, engine):
+    frames = other_frames(1)
+    first = asked(wire, source_frames=frames)
+    assert stages(first) == ["invert"] * STEPS + ["sample"] * 3 + ["done"]
+    assert_same(first.last["frames"], editing.edit(engine, SHORT, frames=frames))
+    second = asked(wire, source_frames=frames)
+    assert "invert" not in stages(second)
+    np.testing.assert_array_equal(second.last["frames"], first.last["frames"])
+
+
+def test_a_video_that_is_sent_is_edited(wire, engine):
+    frames = other_frames(2)
+    answer = asked(wire, video=lossless(frames))
+    assert answer.status == "OK", answer.message
+    assert_same(answer.last["frames"], editing.edit(engine, SHORT, frames=frames))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"video": b"nonsense" * 9}, "none of"),
+        ({"video": lossless(other_frames(3)[:2])}, "2 frames"),
+        ({"video": lossless(other_frames(3)[:, :32])}, "frames of 64×32; the clip takes 4 frames of 64×64"),
+        ({"source_frames": other_frames(3)[:2]}, "has 2 frames of 64×64; clip first takes 4"),
+    ],
+)
+def test_sources_of_another_size_are_refused(wire, changes, words):
+    answer = asked(wire, **changes)
+    assert answer.status == "INVALID_ARGUMENT"
+    assert words in answer.message
+
+
+def test_prompts_make_one_batch_and_mp4s_are_of_their_frames(wire, engine):
+    config = replace(SHORT, prompts=("a panda is skiing", "a man"), negative_prompt="a dog")
+    frames = asked(wire, config)
+    assert stages(frames) == ["sample"] * 3 + ["done"], "two prompts were not one batch"
+    assert_same(frames.last["frames"], editing.edit(engine, config))
+    mp4 = asked(wire, config, output="mp4").last
+    assert "frames" not in mp4
+    found = np.stack([video.decode(data).frames for data in mp4["video"]]).astype(int)
+    expected = [video.decode(video.encode_mp4(edit, 8.0)).frames for edit in frames.last["frames"]]
+    assert abs(found - expected).mean() < 0.5, "threads sum in another order, and H.264 enlarges the last bit"
+
+
+def test_previews_come_as_often_as_asked(wire):
+    answer = asked(wire, replace(SHORT, steps=5), preview_interval=2)
+    shown = [response["step"][0] for response in answer.responses if "preview" in response]
+    assert shown == [2, 4]
+    previews = [response["preview"] for response in answer.responses if "preview" in response]
+    assert {preview.shape for preview in previews} == {(1, FRAMES, 8, 8, 3)}
+    assert all(preview.std() > 1 for preview in previews)
+
+
+# The unary model.
+
+
+def test_the_unary_model_answers_over_http_and_grpc_what_the_stream_does(server, wire):
+    tensors = to_tensors("first", replace(SHORT, seed=101))
+    expected = wire.ask(raw(tensors)).last
+    over_grpc = wire.infer(UNARY_MODEL, raw(tensors)).last
+    np.testing.assert_array_equal(over_grpc["frames"], expected["frames"])
+    assert over_grpc["fps"] == [8.0]
+    status, body = post(server, UNARY_MODEL, tensors)
+    outputs = {output["name"]: output for output in body["outputs"]}
+    found = np.array(outputs["frames"]["data"], np.uint8).reshape(outputs["frames"]["shape"])
+    assert status == 200
+    np.testing.assert_array_equal(found, expected["frames"])
+    video_file = wire.infer(UNARY_MODEL, raw(to_tensors("first", SHORT, output="mp4"))).last["video"][0]
+    assert video.decode(video_file).frames.shape == (FRAMES, SIDE, SIDE, 3)
+
+
+def test_the_same_request_again_comes_from_the_cache_and_another_seed_does_not(server, wire):
+    def worked() -> float:
+        return metrics(server)['tav_opt_requests_total{status="OK"}']
+
+    config = replace(SHORT, eta=1.0, seed=77)
+    first = wire.infer(UNARY_MODEL, raw(to_tensors("first", config)))
+    before = worked()
+    again = wire.infer(UNARY_MODEL, raw(to_tensors("first", config)))
+    assert worked() == before, "it was computed again"
+    np.testing.assert_array_equal(again.last["frames"], first.last["frames"])
+    other = wire.infer(UNARY_MODEL, raw(to_tensors("first", replace(config, seed=78))))
+    assert worked() == before + 1
+    assert not np.array_equal(other.last["frames"], first.last["frames"])
+
+
+def test_a_clip_that_is_exported_anew_is_not_answered_from_the_cache(server, wire):
+    tensors = raw(to_tensors("first", replace(SHORT, seed=5)))
+    manifest = server.config.repository / STREAM_MODEL / "1" / "clips" / "first" / "manifest.json"
+    wire.infer(UNARY_MODEL, tensors)
+    before = metrics(server)['tav_opt_responses_total{from="worker"}']
+    manifest.touch()
+    assert wire.infer(UNARY_MODEL, tensors).status == "OK"
+    assert metrics(server)['tav_opt_responses_total{from="worker"}'] == before + 1
+    assert wire.infer(UNARY_MODEL, tensors).status == "OK"
+    assert metrics(server)['tav_opt_responses_total{from="worker"}'] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("clip", "config", "status", "code", "words"),
+    [
+        ("nobody", SHORT, "NOT_FOUND", 404, "clip 'nobody' is unknown; exported are: first"),
+        ("first", replace(SHORT, steps=0), "INVALID_ARGUMENT", 400, "steps 0 is not within"),
+        ("first", replace(SHORT, prompts=("skiing " * 40,)), "INVALID_ARGUMENT", 400, "tokens long"),
+    ],
+)
+def test_refusals_have_the_same_status_everywhere(server, wire, clip, config, status, code, words):
+    tensors = to_tensors(clip, config)
+    unary = [wire.infer(UNARY_MODEL, raw(tensors)) for _ in range(2)]  # the second is no success either
+    for answer in (wire.ask(raw(tensors)), *unary):
+        assert answer.status == status
+        assert words in answer.message
+    found, body = post(server, UNARY_MODEL, tensors)
+    assert found == code, body
+    assert words in body["error"]
+
+
+def test_failures_do_not_crash_a_server_whose_client_wants_grpc_errors(server, wire):
+    """Errors on a stream with this header, between unary calls, end Triton 2.51: some 100 requests are enough."""
+    unknown, fine = raw(to_tensors("nobody", SHORT)), raw(to_tensors("first", replace(SHORT, steps=1)))
+    for number in range(60):
+        answer = wire.ask(unknown, metadata=[("triton_grpc_error", "true")])
+        assert answer.status == "NOT_FOUND", (number, answer)
+        assert wire.infer(UNARY_MODEL, fine if number % 2 else unknown).status == ("OK" if number % 2 else "NOT_FOUND")
+    assert server.process.poll() is None
+
+
+# Limits.
+
+
+def wait_until(condition) -> None:
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def test_a_cancelled_unary_call_ends_its_edit(server, wire):
+    server.log.clear()
+    call = wire.stub.ModelInfer.future(request(UNARY_MODEL, raw(to_tensors("first", LONG))))
+    wait_until(lambda: any("begins" in line for line in server.log))
+    call.cancel()
+    wait_until(lambda: any("CANCELLED" in line for line in server.log))
+    steps = metrics(server)
+    assert asked(wire).status == "OK"
+    assert steps['tav_opt_requests_total{status="CANCELLED"}'] >= 1
+
+
+@pytest.mark.parametrize("model", [STREAM_MODEL, UNARY_MODEL])
+def test_a_timeout_stops_an_edit(wire, model):
+    inputs, parameters = raw(to_tensors("first", LONG)), {"timeout": 300_000}
+    ask = wire.ask if model == STREAM_MODEL else lambda *a, **k: wire.infer(model, *a, **k)
+    answer = ask(inputs, parameters=parameters)
+    assert answer.status == "CANCELLED", answer
+    assert "timeout of 0.3 s" in answer.message
+
+
+@pytest.mark.parametrize("model", [STREAM_MODEL, UNARY_MODEL])
+def test_a_bounded_queue_refuses_the_excess_at_once_and_times_out_the_rest(server, wire, model):
+    """One edit runs, QUEUE may wait; those that wait have a timeout of half a second."""
+    begun = threading.Event()
+
+    def hold() -> None:
+        long = request(STREAM_MODEL, raw(to_tensors("first", LONG)))
+        call = wire.stub.ModelStreamInfer(iter([long]))
+        for _ in call:
+            begun.set()
+            if release.is_set():
+                call.cancel()
+                return
+        raise AssertionError("the long edit ended")
+
+    release = threading.Event()
+    with ThreadPoolExecutor(20) as pool:
+        holding = pool.submit(hold)
+        assert begun.wait(60)
+        timeouts = {"timeout": 500_000}
+
+        def ask(number: int) -> Answer:
+            inputs = raw(to_tensors("first", replace(SHORT, seed=1000 + number)))
+            if model == STREAM_MODEL:
+                return wire.ask(inputs, parameters=timeouts)
+            return wire.infer(UNARY_MODEL, inputs, parameters=timeouts)
+
+        answers = list(pool.map(ask, range(CROWD)))
+        release.set()
+        holding.result(60)
+    told = [answer.message for answer in answers]
+    assert {answer.status for answer in answers} == {"UNAVAILABLE"}, answers
+    expired = sum("timeout expired" in text for text in told)
+    assert sum("maximum queue size" in text for text in told) == CROWD - expired, told
+    passed_on = model == UNARY_MODEL  # one more than wait
+    assert QUEUE <= expired <= QUEUE + passed_on, told
+    assert asked(wire).status == "OK"
+
+
+# Metrics and the log.
+
+
+def test_metrics_count_what_happens(server, wire):
+    before = metrics(server)
+    asked(wire, replace(SHORT, prompts=("one", "two")), source_frames=other_frames(50))
+    asked(wire, replace(SHORT, steps=0))
+    wire.ask(raw(to_tensors("nobody", SHORT)))
+    after = metrics(server)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('tav_opt_requests_total{status="OK"}') == 1
+    assert grown('tav_opt_requests_total{status="INVALID_ARGUMENT"}') == 1
+    assert grown('tav_opt_requests_total{status="NOT_FOUND"}') == 1
+    assert grown('tav_opt_steps_total{stage="sample"}') == 3
+    assert grown('tav_opt_steps_total{stage="invert"}') == STEPS
+    assert grown('tav_opt_starts_total{from="computed"}') == 1
+    assert grown('tav_opt_stage_seconds_count{stage="sample"}') == 1
+    assert grown("tav_opt_request_seconds_count") == 3
+    assert grown("tav_opt_sent_bytes_total") > 2 * FRAMES * SIDE * SIDE * 3
+    instance = '{instance="tune_a_video_stream_0_0"}'
+    assert after[f"tav_opt_clips_resident{instance}"] == 1
+    assert after[f"tav_opt_clips_bytes{instance}"] > 10_000
+    assert after[f"tav_opt_inversions_memory_bytes{instance}"] > 0
+    assert after[f"tav_opt_inversions_disk_bytes{instance}"] > 0
+    assert after[f"tav_opt_steps_per_second{instance}"] > 0
+    assert any(name.startswith("nv_inference_pending_request_count") for name in after)
+
+
+def test_one_line_a_request_without_the_prompt(server, wire):
+    server.log.clear()
+    asked(wire, replace(SHORT, prompts=("a hushed panda",), negative_prompt="a loud dog"))
+    asked(wire, replace(SHORT, prompts=("a hushed panda " * 9,)))
+    wait_until(lambda: sum("request ''" in line and " in " in line for line in server.log) == 2)
+    lines = [line for line in server.log if " in " in line and "request ''" in line]
+    assert "OK in" in lines[0] and "clip='first'" in lines[0] and "steps=3" in lines[0] and "sample=" in lines[0]
+    assert "INVALID_ARGUMENT in" in lines[1]
+    assert "hushed" not in "".join(server.log) and "loud" not in "".join(server.log)
+
+
+# Several instances.
+
+
+def test_instances_share_the_inversions_and_invert_once(exported, tmp_path):
+    repository = Path(shutil.copytree(exported.repository, tmp_path / "repository"))
+    config = WorkerConfig(instances=2, cache=tmp_path / "cache")
+    tensors = to_tensors("first", replace(SHORT, inversion_steps=40), source_frames=other_frames(60))
+    with serving(repository, config) as running, Wire(running.grpc_url) as wire, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: wire.ask(raw(tensors)), range(4)))
+        found = metrics(running)
+    assert [answer.status for answer in answers] == ["OK"] * 4, answers
+    assert all(np.array_equal(a.last["frames"], answers[0].last["frames"]) for a in answers)
+    starts = {where: found[f'tav_opt_starts_total{{from="{where}"}}'] for where in ("computed", "disk", "memory")}
+    assert starts["computed"] == 1 and sum(starts.values()) == 4, starts
+    assert 'tav_opt_clips_resident{instance="tune_a_video_stream_0_1"}' in found
