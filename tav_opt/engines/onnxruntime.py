@@ -56,6 +56,11 @@ def best_device() -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+def revision_of(description: Any) -> str:
+    """Another for every other description, which names all files by their hashes."""
+    return hash_of(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
 class Bound:
     """A session whose tensors lie in PyTorch's memory, on its device: nothing is copied in or out.
 
@@ -124,7 +129,7 @@ class OnnxBase:
         device = best_device() if device is None else device
         return cls(
             folder=folder,
-            revision=hash_of(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest(),
+            revision=revision_of(manifest["files"]),
             sessions={name: session(folder / f"{name}.onnx", device, threads) for name in GRAPHS},
             tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
             tokens=manifest["tokens"],
@@ -186,7 +191,7 @@ class OnnxEngine:
         return cls(
             base=base,
             info=info,
-            revision=hash_of(json.dumps([manifest, base.revision], sort_keys=True).encode()).hexdigest(),
+            revision=revision_of([manifest, base.revision]),
             nbytes=sum(value.nbytes for value in (*bound.values(), *latents.values())),
             source_latents=latents["source"].to(base.device),
             inverted_latents=latents["inverted"].to(base.device),

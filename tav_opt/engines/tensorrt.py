@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,10 +22,13 @@ from tav_opt.config import InputError
 from tav_opt.contract import STREAM_MODEL, VERSION, ClipInfo, check_clip_name
 from tav_opt.ddim import Schedule
 from tav_opt.engines import tensorrt_library
-from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine
+from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine, revision_of
 from tav_opt.engines.tensorrt_library import ENGINES, Library, Target
+from tav_opt.engines.working_memory import WorkingMemory
 from tav_opt.files import altered, read_json
 
+_NONE = WorkingMemory(np.zeros(1, np.int64), np.zeros(1, np.int64))
+"""What a run takes beyond what is held: engines hold their working memory from the start."""
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64}
 
 Deserialize = Callable[[Path], Any]
@@ -210,6 +214,8 @@ class TensorRtBase(OnnxBase):
         }
         return cls(
             folder=folder,
+            revision=revision_of([manifest["files"], read_json(engines / "manifest.json")["files"]]),
+            working=dict.fromkeys(GRAPHS, _NONE),
             sessions={name: Batched(found) for name, found in fixed.items()},
             tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
             tokens=manifest["tokens"],
@@ -293,6 +299,8 @@ class TensorRtEngine(OnnxEngine):
         return cls(
             base=base,
             info=info,
+            revision=revision_of([manifest, base.revision]),
+            nbytes=sum(tensor.nbytes for tensor in (*values.values(), *latents.values())),
             source_latents=latents["source"].to(base.device),
             inverted_latents=latents["inverted"].to(base.device),
             graphs=graphs | {"unet": _Turn(base, "unet", values)},
