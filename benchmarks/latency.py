@@ -57,10 +57,11 @@ def main(config: Latency) -> int:
     """Prepares, checks parity, times and prints; returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         ckpt = prepare(config.preset, Path(folder), frames=config.frames, size=config.size, steps=config.steps)
-        return _measure(config, ckpt, Path(folder) / "repository")
+        return measure(config, ckpt, Path(folder) / "repository")
 
 
-def _measure(config: Latency, ckpt: Path, repository: Path) -> int:
+def measure(config: Latency, ckpt: Path, repository: Path) -> int:
+    """Times the engines on a checkpoint, exported into `repository`; returns the exit status."""
     eager = open_checkpoint(ckpt, device=config.device)
     short = _edit(eager, steps=2)
     expected = editing.edit(eager, short)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -72,9 +74,15 @@ def other_values(like: Checkpoint) -> Checkpoint:
     return replace(like, values={name: value + 0.03 for name, value in like.values.items()})
 
 
-@cache
 def export_once(golden: Path, temporary: Path) -> Exported:
-    """The tests' one export."""
+    """The tests' one export, in a repository of the caller's own: nobody finds what others' tests added."""
+    found = _export(golden, temporary)
+    own = Path(tempfile.mkdtemp(dir=temporary)) / "repository"
+    return replace(found, repository=Path(shutil.copytree(found.repository, own)))
+
+
+@cache
+def _export(golden: Path, temporary: Path) -> Exported:
     folder = temporary / "exported"
     frames = np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
     base = golden / "reference_checkpoint" / "sd"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exported import FRAMES, SIDE, export_once
 from PIL import Image
 
 from tav_opt import cli, video
@@ -82,17 +83,18 @@ def test_another_folders_files_are_kept(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2 and (tmp_path / "mine.txt").exists()
 
 
-def test_latency_times_only_right_engines(golden, tmp_path, monkeypatch, capsys):
+def test_latency_times_only_right_engines(golden, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import latency
     import presets
 
     base = golden / "reference_checkpoint" / "sd"
-    ckpt = presets.untuned(base, tmp_path / "ckpt", frames=3, size=64, steps=2)
+    ckpt = presets.untuned(base, tmp_path / "ckpt", frames=FRAMES, size=SIDE, steps=2)
+    repository = export_once(golden, tmp_path_factory.getbasetemp()).repository  # with the graphs of that base and size
     config = latency.Latency(
         preset=str(ckpt), engines=("pytorch", "onnxruntime"), steps=2, calls=2, out=tmp_path / "latency.json"
     )
-    assert latency.main(config) == 0
+    assert latency.measure(config, ckpt, repository) == 0
     assert "onnxruntime" in (tmp_path / "latency.json").read_text() and "UNet step, b = 2" in capsys.readouterr().out
 
     from tav_opt.engines.onnxruntime import OnnxEngine
@@ -100,7 +102,7 @@ def test_latency_times_only_right_engines(golden, tmp_path, monkeypatch, capsys)
     right = OnnxEngine.decode
     monkeypatch.setattr(OnnxEngine, "decode", lambda self, latents: right(self, latents) // 2)
     (tmp_path / "latency.json").unlink()
-    assert latency.main(config) == 1 and not (tmp_path / "latency.json").exists()
+    assert latency.measure(config, ckpt, repository) == 1 and not (tmp_path / "latency.json").exists()
     assert "wrong" in capsys.readouterr().err
 
 
