@@ -49,7 +49,7 @@ WEIGHTS = {
 }
 """Where each trained module lies in the package."""
 PARTS = ("model", "clip_model", "locator")
-"""What is published beside the clips."""
+"""What is published beside the clips, as far as it is trained."""
 
 
 def train(
@@ -238,14 +238,14 @@ def _record(folder: Path, stage: str, progress: Progress, **measured: Any) -> No
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copies the trained parts with their record and makes the clips; raises InputError when a part is missing."""
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder / part} does not exist: train its stage first")
-    for part in PARTS:
+    """Copies the parts that are trained with their record and makes the clips; raises InputError without a model."""
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder / 'model'} does not exist: train --stage text2image first")
+    trained = [part for part in PARTS if (folder / part).is_dir()]
+    for part in trained:
         _replace(target / part, partial(shutil.copytree, folder / part))
     make_clips(target / "clips")
-    for part in (*PARTS, "clips"):
+    for part in (*trained, "clips"):
         shutil.copy(PACKAGE / LICENCE, target / part / LICENCE)
     write_json(target / "model" / "training.json", read_json(_record_file(folder)))
 
