@@ -144,6 +144,9 @@ def train_text2image(job: Job) -> None:
     def save(target: Path) -> None:
         pipeline.save_pretrained(target)
         _load_as_float(target / "text_encoder")
+        config = read_json(target / "vae" / "config.json")
+        config.pop("_name_or_path", None)  # where it lay on this machine
+        write_json(target / "vae" / "config.json", config)
 
     _replace(folder / "model", save)
     _record(folder, stage.name, progress, vae=learned_on)
