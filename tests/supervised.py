@@ -48,9 +48,10 @@ def on_free_ports(folder: Path, **settings) -> ServeConfig:
 
 
 def workers(process: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
-    """The Python backend's processes below a process."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in below if "triton_python_backend_stub" in " ".join(p.cmdline())]
+    """The Python backend's processes below a process, the streaming model's first."""
+    below = {p: " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)}
+    found = [p for p, command in below.items() if "triton_python_backend_stub" in command]
+    return sorted(found, key=lambda p: STREAM_MODEL not in below[p])
 
 
 class Serving:
