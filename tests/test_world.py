@@ -9,6 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from tav_opt.demo import clips, subjects, world
+from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.demo.places import PLACES, background
 from tav_opt.demo.text import new_tokenizer, words
 
@@ -46,18 +47,22 @@ def test_held_out_combinations_are_a_tenth_and_never_drawn_for_training() -> Non
 
 def test_every_part_is_also_trained_on() -> None:
     """Only combinations are held out: each subject, place and style is seen with something."""
-    names = list(subjects.JUDGED | subjects.FURTHER)
+    names = list(JUDGED | FURTHER)
     rng = np.random.default_rng(0)
     scenes = [world.draw_scene(rng, names) for _ in range(5000)]
     assert {s.subject for s in scenes} == set(names)
+    judged = sum(s.subject in JUDGED for s in scenes) / len(scenes)
+    expected = 50 * world.JUDGED_WEIGHT / (50 * world.JUDGED_WEIGHT + len(FURTHER))
+    assert abs(judged - expected) < 0.03
     assert {s.place for s in scenes} == set(PLACES)
     assert {s.style for s in scenes} == set(world.STYLES)
 
 
-def test_fifty_subjects_are_judged_by_distinct_names() -> None:
-    assert len(subjects.JUDGED) == 50
-    assert not subjects.JUDGED.keys() & subjects.FURTHER.keys()
-    codes = [*subjects.JUDGED.values(), *subjects.FURTHER.values()]
+def test_fifty_of_more_than_150_subjects_are_judged_by_distinct_names() -> None:
+    assert len(JUDGED) == 50
+    assert len(JUDGED | FURTHER) >= 150
+    assert not JUDGED.keys() & FURTHER.keys()
+    codes = [*JUDGED.values(), *FURTHER.values()]
     assert len(set(codes)) == len(codes)
 
 

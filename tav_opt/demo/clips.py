@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tav_opt.demo import subjects, world
+from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.demo.places import background
 from tav_opt.files import whole, write_json
 
@@ -86,7 +87,7 @@ def make_clips(folder: Path, cache: Path = subjects.CACHE) -> None:
     """Writes every clip as MP4, and `clips.json` with captions, frames per second and tracks."""
     entries = []
     for crossing in CLIPS:
-        sprites, rate = subjects.animation((subjects.JUDGED | subjects.FURTHER)[crossing.subject], cache)
+        sprites, rate = subjects.animation((JUDGED | FURTHER)[crossing.subject], cache)
         fps = max(1, round(rate * FRAMES / len(sprites)))
         frames, track = animate(crossing, sprites)
         write_mp4(folder / f"{crossing.name}.mp4", frames, fps)

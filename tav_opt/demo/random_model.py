@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModel
 
-from tav_opt.demo import subjects
+from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.text import new_tokenizer, text_config
 from tav_opt.demo.text2image import new_scheduler, new_unet
 from tav_opt.demo.vae import new_vae
@@ -19,7 +19,7 @@ def write_random_model(folder: Path) -> Path:
     """Writes a Stable Diffusion directory with seeded random weights and returns it."""
     torch.manual_seed(SEED)
     vae = new_vae()
-    tokenizer = new_tokenizer(subjects.JUDGED)
+    tokenizer = new_tokenizer(JUDGED)
     parts = {
         "vae": vae,
         "unet": new_unet(vae.config.latent_channels),

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from tav_opt.config import InputError
+from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.files import whole
 
 STILLS = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -17,74 +18,6 @@ ANIMATIONS = "@lobehub/fluent-emoji-anim-1@1.0.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tav-opt"
 SPRITE_SIZE = 128
 """Longest side in pixels at which sprites are kept: above what any scene needs."""
-
-JUDGED: dict[str, str] = {
-    "leopard": "1f406",
-    "tiger": "1f405",
-    "rabbit": "1f407",
-    "dog": "1f415",
-    "cat": "1f408",
-    "penguin": "1f427",
-    "panda": "1f43c",
-    "fox": "1f98a",
-    "elephant": "1f418",
-    "frog": "1f438",
-    "lion": "1f981",
-    "cow": "1f404",
-    "pig": "1f416",
-    "horse": "1f40e",
-    "sheep": "1f411",
-    "giraffe": "1f992",
-    "zebra": "1f993",
-    "camel": "1f42a",
-    "rooster": "1f413",
-    "owl": "1f989",
-    "parrot": "1f99c",
-    "flamingo": "1f9a9",
-    "turtle": "1f422",
-    "dolphin": "1f42c",
-    "whale": "1f433",
-    "octopus": "1f419",
-    "crab": "1f980",
-    "snail": "1f40c",
-    "butterfly": "1f98b",
-    "dinosaur": "1f995",
-    "car": "1f697",
-    "racing car": "1f3ce-fe0f",
-    "bus": "1f68c",
-    "tractor": "1f69c",
-    "rocket": "1f680",
-    "sailboat": "26f5",
-    "apple": "1f34e",
-    "banana": "1f34c",
-    "burger": "1f354",
-    "pizza": "1f355",
-    "watermelon": "1f349",
-    "strawberry": "1f353",
-    "donut": "1f369",
-    "pineapple": "1f34d",
-    "carrot": "1f955",
-    "robot": "1f916",
-    "snowman": "26c4",
-    "sunflower": "1f33b",
-    "mushroom": "1f344",
-    "surfer": "1f3c4",
-}
-"""The fifty subjects that the model is judged on, with their emoji's code points."""
-
-FURTHER: dict[str, str] = {
-    "bear": "1f43b",
-    "chick": "1f425",
-    "bee": "1f41d",
-    "motorcycle": "1f3cd-fe0f",
-    "guitar": "1f3b8",
-    "teddy bear": "1f9f8",
-    "ghost": "1f47b",
-    "Christmas tree": "1f384",
-    "cactus": "1f335",
-    "snowboarder": "1f3c2",
-}
-"""Subjects that the model also learns."""
 
 MOVING = ("leopard", "rabbit", "racing car", "chick")
 """Subjects whose animation is learned too: those of the clips."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.places import PLACES, background
 
 SIZE = 64
@@ -24,6 +25,8 @@ STYLES: dict[str, tuple[str, ...]] = {
     "grey": ("black and white", "in black and white"),
 }
 """Each style with the phrases that captions use for it, the usual one first."""
+JUDGED_WEIGHT = 8
+"""How often a judged subject is drawn for each time that another one is."""
 PLAIN_STYLE_SHARE = 0.6
 """Part of the pictures without a style: subjects are learned from these first."""
 EMPTY_SHARE = 0.1
@@ -49,10 +52,11 @@ def held_out(scene: Scene, subjects: Sequence[str]) -> bool:
 
 def draw_scene(rng: np.random.Generator, subjects: Sequence[str], *, kept_out: bool = False) -> Scene:
     """A random combination: one that may be trained on, or with `kept_out` one that may not."""
+    weights = np.array([JUDGED_WEIGHT if subject in JUDGED else 1 for subject in subjects], float)
     while True:
         plain = rng.random() < PLAIN_STYLE_SHARE
         scene = Scene(
-            subject=str(rng.choice(subjects)),
+            subject=str(rng.choice(subjects, p=weights / weights.sum())),
             place=str(rng.choice(list(PLACES))),
             style="plain" if plain else str(rng.choice(list(STYLES)[1:])),
         )
