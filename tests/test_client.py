@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
@@ -342,6 +343,28 @@ def test_an_async_stream_is_cancelled_by_hand(triton):
         asyncio.run(cancel())
     assert caught.value.status == "CANCELLED"
     assert scripted.left.wait(10)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [[ANSWERS[0], "hang"], [ANSWERS[0], (grpc.StatusCode.DEADLINE_EXCEEDED, "too late")]],
+    ids=["cancelled", "failed"],
+)
+def test_an_async_stream_leaves_no_task_behind(triton, act):
+    scripted, url = triton
+    scripted.acts = [act]
+
+    async def leave() -> set[asyncio.Task]:
+        async with AsyncClient(url) as client:
+            with suppress(ServerError):
+                async with client.stream("toy", ["x"]) as stream:
+                    await anext(stream)
+                    if act[-1] != "hang":
+                        await stream.result()
+            await asyncio.sleep(0.5)
+            return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not [task for task in asyncio.run(leave()) if "_consume_request_iterator" in repr(task)]
 
 
 def test_many_edits_at_a_time_share_a_client(triton):

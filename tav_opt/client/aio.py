@@ -110,6 +110,7 @@ class AsyncStream(AsyncIterator[Progress]):
     def cancel(self) -> None:
         """Stops the edit, here and, within one step, on the server."""
         self._cancelled.set()
+        self._ended.set()  # or the task that feeds the call would wait for it for ever
         self._call.cancel()
 
     def _begin(self) -> None:
@@ -141,6 +142,7 @@ class AsyncStream(AsyncIterator[Progress]):
 
     async def _recover(self, error: ServerError) -> None:
         """Tries again after a pause, where that is safe; raises otherwise."""
+        self._ended.set()
         pause = self._exchange.pause(error)
         if pause is None:
             raise await self._failure(error) from None
