@@ -73,6 +73,8 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
         for item in self.acts.pop(0):
             if item == "hang":
                 self.left.wait(30)
+            elif item == "until the deadline":
+                time.sleep(context.time_remaining() - 0.05)
             elif isinstance(item, tuple):
                 context.abort(*item)
             else:
@@ -266,6 +268,16 @@ def test_a_deadline_ends_the_edit_here_and_there(triton, face):
         edited(face, url, deadline_s=0.5)
     assert caught.value.status == "DEADLINE_EXCEEDED"
     assert scripted.left.wait(10), "the server never learned of it"
+
+
+@both
+@pytest.mark.parametrize("last", [[], [answer("done", 2, 2, final=True)]], ids=["nothing", "an empty result"])
+def test_a_server_that_notices_the_deadline_first_is_not_to_blame(triton, face, last):
+    scripted, url = triton
+    scripted.acts = [[ANSWERS[0], "until the deadline", *last]]
+    with pytest.raises(ServerError) as caught:
+        edited(face, url, deadline_s=0.5)
+    assert caught.value.status == "DEADLINE_EXCEEDED"
 
 
 @both

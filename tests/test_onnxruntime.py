@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,18 @@ def test_engine_needs_no_model_library() -> None:
     script = "import sys, tav_opt.engines.onnxruntime; print(*{'diffusers', 'transformers'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not run.stdout.strip()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be chosen on this system")
+def test_no_thread_runs_where_the_process_may_not(exported: Exported) -> None:
+    """onnxruntime by itself pins a thread to each core of the machine, whatever was allowed."""
+    graph = next((exported.repository / "tune_a_video_stream" / "1" / "base").glob("*/text_encoder.onnx"))
+    script = (
+        "import os, sys, torch; from pathlib import Path; from tav_opt.engines.onnxruntime import session\n"
+        "opened = session(Path(sys.argv[1]), torch.device('cpu'))\n"
+        "print({core for task in os.listdir('/proc/self/task') for core in os.sched_getaffinity(int(task))})"
+    )
+    core = min(os.sched_getaffinity(0))
+    command = ["taskset", "-c", str(core), sys.executable, "-c", script, str(graph)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"{{{core}}}"

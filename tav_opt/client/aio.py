@@ -21,7 +21,6 @@ from tav_opt.client.exchange import (
     ServerError,
     blamed,
     failed,
-    no_result,
     unreachable,
 )
 from tav_opt.client.sync import OnProgress
@@ -137,7 +136,7 @@ class AsyncStream(AsyncIterator[Progress]):
     async def _read(self) -> Any:
         message = await self._call.read()
         if message is grpc.aio.EOF:
-            raise no_result()
+            raise self._exchange.no_result()
         return message
 
     async def _recover(self, error: ServerError) -> None:

@@ -26,6 +26,8 @@ it Triton 2.51 dies of errors. The worker's own failures come as the tensor `err
 WORKER_GONE = "is not healthy"
 """Of a worker process that died; whoever supervises it starts it anew."""
 SERVED = {tensor.name for tensor in STREAM_INPUTS}
+CLOCKS_SECONDS = 0.25
+"""How much earlier than here a deadline may pass on the server."""
 MAX_DEADLINE_SECONDS = 30 * 86_400
 
 
@@ -141,7 +143,7 @@ class Exchange:
             raise ServerError(details, status)
         self._answered = True
         if response.parameters["triton_final_response"].bool_param:
-            return _edit(tensors)
+            return self._edit(tensors)
         stage, step, steps = (tensors[name][0] for name in ("stage", "step", "steps"))
         return Progress(stage=stage.decode(), step=int(step), steps=int(steps), preview=tensors.get("preview"))
 
@@ -160,27 +162,28 @@ class Exchange:
         """Whether there may be no server at all."""
         return not self._answered and error.status == "UNAVAILABLE"
 
+    def no_result(self) -> ServerError:
+        """The stream ended early; at the deadline the server may be the first to notice."""
+        left = self._left()
+        if left is not None and left < CLOCKS_SECONDS:
+            return ServerError("the deadline has passed", "DEADLINE_EXCEEDED")
+        return ServerError("the server ended the edit without a result", "INTERNAL")
+
+    def _edit(self, tensors: Mapping[str, np.ndarray]) -> Edit:
+        if not {"frames", "video"} & set(tensors):
+            raise self.no_result()
+        return Edit(
+            frames=tensors.get("frames", np.empty((0, 0, 0, 0, 3), np.uint8)),
+            fps=float(tensors["fps"][0]),
+            videos=tuple(tensors.get("video", ())),
+        )
+
     def _left(self) -> float | None:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
 
 
-def _edit(tensors: Mapping[str, np.ndarray]) -> Edit:
-    if not {"frames", "video"} & set(tensors):
-        raise no_result()
-    return Edit(
-        frames=tensors.get("frames", np.empty((0, 0, 0, 0, 3), np.uint8)),
-        fps=float(tensors["fps"][0]),
-        videos=tuple(tensors.get("video", ())),
-    )
-
-
 def _status(refusal: str) -> str:
     return next((status for status, words in _BY_TRITON if words.search(refusal)), "UNKNOWN")
-
-
-def no_result() -> ServerError:
-    """The stream ended early."""
-    return ServerError("the server ended the edit without a result", "INTERNAL")
 
 
 def failed(error: grpc.RpcError) -> ServerError:

@@ -22,7 +22,6 @@ from tav_opt.client.exchange import (
     ServerError,
     blamed,
     failed,
-    no_result,
     unreachable,
 )
 from tav_opt.config import EditConfig, InputError
@@ -147,7 +146,7 @@ class Stream(Iterator[Progress]):
             try:
                 return self._exchange.answer(next(self._call))
             except StopIteration:
-                raise no_result() from None
+                raise self._exchange.no_result() from None
             except grpc.RpcError as error:
                 self._recover(failed(error))
             except ServerError as error:

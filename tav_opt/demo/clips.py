@@ -15,6 +15,12 @@ from tav_opt.demo.places import background
 from tav_opt.files import whole, write_json
 
 FRAMES = 24
+FINE = 4
+"""The camera moves by this part of a pixel."""
+MARGIN = 2
+"""Pixels of scenery beyond each edge."""
+SWAY, SWAYS = np.array((1.5, 1.0)), np.array((2, 3))
+"""How far and how often the hand-held camera sways, sideways and up: pixels, times a clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +53,32 @@ CLIPS = (
 
 
 def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 (f, H, W, 3) of a subject before a place that stays, and its middle (f, 2) in pixels, x and y.
+    """Frames uint8 (f, H, W, 3) of a subject before a place, by a hand-held camera, and its middle (f, 2), x and y.
 
-    The sprites are frames of one animation, all of one size.
+    The middle is in pixels. The sprites are frames of one animation, all of one size.
     """
-    scenery = background(crossing.place, np.random.default_rng(seed), world.SIZE)
-    left, top, right, bottom = _visible(sprites)
+    side = (world.SIZE + 2 * MARGIN) * FINE
+    scenery = background(crossing.place, np.random.default_rng(seed), side)
+    box = _visible(sprites)
     frames, track = [], []
-    for index in range(FRAMES):
+    for index, camera in enumerate(_camera(seed)):
         part = index / (FRAMES - 1)
-        sprite = sprites[index * len(sprites) // FRAMES].crop((left, top, right, bottom))
-        sprite = world.fit(ImageOps.mirror(sprite) if crossing.mirror else sprite, crossing.scale * world.SIZE)
-        middle = (crossing.path[0] + (crossing.path[1] - crossing.path[0]) * part) * world.SIZE
-        lift = 0.1 * world.SIZE * abs(np.sin(np.pi * crossing.hops * part))
-        x, y = round(middle - sprite.width / 2), round(0.92 * world.SIZE - sprite.height - lift)
-        frames.append(np.asarray(world.paste(scenery, sprite, x, y)))
-        track.append((x + sprite.width / 2, y + sprite.height / 2))
+        sprite = sprites[index * len(sprites) // FRAMES].crop(box)
+        longest = crossing.scale * world.SIZE * FINE
+        sprite = world.fit(ImageOps.mirror(sprite) if crossing.mirror else sprite, longest)
+        middle = MARGIN + (crossing.path[0] + (crossing.path[1] - crossing.path[0]) * part) * world.SIZE
+        foot = MARGIN + (0.92 - 0.1 * abs(np.sin(np.pi * crossing.hops * part))) * world.SIZE
+        x, y = round(middle * FINE - sprite.width / 2), round(foot * FINE - sprite.height)
+        seen = world.paste(scenery, sprite, x, y).crop((*camera, *(camera + world.SIZE * FINE)))
+        frames.append(np.asarray(seen.resize((world.SIZE, world.SIZE), Image.Resampling.BOX)))
+        track.append((np.array((x + sprite.width / 2, y + sprite.height / 2)) - camera) / FINE)
     return np.stack(frames), np.array(track)
+
+
+def _camera(seed: int) -> np.ndarray:
+    """Left and top (f, 2) of what the camera sees: it sways, since nothing else moves about the subject."""
+    turns = np.linspace(0, 1, FRAMES)[:, None] * SWAYS + np.random.default_rng((seed, 1)).random(2)
+    return np.round((MARGIN + SWAY * np.sin(2 * np.pi * turns)) * FINE).astype(int)
 
 
 def _visible(sprites: list[Image.Image]) -> tuple[int, int, int, int]:

@@ -35,12 +35,21 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision, projection_dim=WIDTH))
 
 
+def phrase_of(part: str, name: str) -> str:
+    """The words for one subject, place or style."""
+    match part:
+        case "subject":
+            return world.subject_phrase(name)
+        case "place":
+            return PLACES[name][0]
+        case _:
+            return world.STYLES[name][0]
+
+
 def phrase(scene: world.Scene, parts: Sequence[str]) -> str:
     """A caption that names only some parts of a scene."""
-    words = [world.subject_phrase(scene.subject)] if "subject" in parts else []
-    words += [PLACES[scene.place][0]] if "place" in parts else []
-    text = " ".join(words)
-    style = world.STYLES[scene.style][0] if "style" in parts else ""
+    text = " ".join(phrase_of(part, getattr(scene, part)) for part in ("subject", "place") if part in parts)
+    style = phrase_of("style", scene.style) if "style" in parts else ""
     return f"{text}, {style}" if text and style else text or style
 
 
@@ -52,6 +61,8 @@ class DualEncoderStage:
 
     def __init__(self, sprites: Mapping[str, Sequence[Image.Image]], *, test: int = 600) -> None:
         self.subjects, self.sprites = list(sprites), sprites
+        self.names = {"subject": self.subjects, "place": list(PLACES), "style": list(world.STYLES)[1:]}
+        """Of each part; plain pictures have no style to name."""
         self.tokenizer = new_tokenizer(self.subjects)
         self.clip = new_clip(self.tokenizer)
         self.modules = nn.ModuleDict({"clip": self.clip})
@@ -64,7 +75,7 @@ class DualEncoderStage:
         return scenes, np.stack([world.compose(scene, self.sprites, rng) for scene in scenes])
 
     def loss(self, rng: np.random.Generator) -> Tensor:
-        """Cross-entropy both ways against all fitting pairs."""
+        """Contrast of pictures and captions, and of pictures and the names of each part."""
         scenes, images = self._pictures(rng, BATCH, kept_out=False)
         named = [[part for part in PARTS if rng.random() < 0.6] or ["subject"] for _ in scenes]
         captions = [phrase(scene, parts) for scene, parts in zip(scenes, named, strict=True)]
@@ -72,17 +83,27 @@ class DualEncoderStage:
             [[_fits(image, scene, parts) for image in scenes] for scene, parts in zip(scenes, named, strict=True)]
         )
         with mixed_precision():
-            pictures, texts = self._embed_images(to_unit(images)), self.embed_texts(captions)
-        logits = self.clip.logit_scale.exp() * texts.float() @ pictures.float().T  # captions × pictures
-        return (_soft_cross_entropy(logits, fits) + _soft_cross_entropy(logits.T, fits.T)) / 2
+            pictures = self._embed_images(to_unit(images)).float()
+        logits = self.clip.logit_scale.exp() * self.embed_texts(captions) @ pictures.T  # captions × pictures
+        contrast = (_soft_cross_entropy(logits, fits) + _soft_cross_entropy(logits.T, fits.T)) / 2
+        return contrast + sum(self._naming(pictures, scenes, part) for part in PARTS)
+
+    def _naming(self, pictures: Tensor, scenes: Sequence[world.Scene], part: str) -> Tensor:
+        """Cross-entropy against all names of a part: a batch alone holds few subjects to tell apart."""
+        names = self.names[part]
+        truth = [getattr(scene, part) for scene in scenes]
+        shown = [index for index, name in enumerate(truth) if name in names]
+        texts = self.embed_texts([phrase_of(part, name) for name in names])
+        logits = self.clip.logit_scale.exp() * pictures[shown] @ texts.T
+        return functional.cross_entropy(logits, torch.tensor([names.index(truth[index]) for index in shown]))
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
         return functional.normalize(self.clip.visual_projection(self.clip.vision_model(pixels)[1]), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Captions → unit vectors (captions, width)."""
-        options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-        ids = self.tokenizer(list(texts), **options).input_ids
+        options = {"padding": True, "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+        ids = self.tokenizer(list(texts), **options).input_ids  # nothing looks beyond the end of a text
         return functional.normalize(self.clip.text_projection(self.clip.text_model(ids)[1]), dim=-1)
 
     @torch.no_grad()
@@ -93,17 +114,12 @@ class DualEncoderStage:
     def accuracies(self) -> dict[str, float]:
         """Part of the held-out pictures whose subject (of those that are judged), place and style are recognised."""
         judged = [name for name in self.subjects if name in JUDGED] or self.subjects
-        places, styles = list(PLACES), list(world.STYLES)[1:]
-        return {
-            "subject": self._accuracy("subject", judged, [world.subject_phrase(name) for name in judged]),
-            "place": self._accuracy("place", places, [PLACES[name][0] for name in places]),
-            "style": self._accuracy("style", styles, [world.STYLES[name][0] for name in styles]),
-        }
+        return {part: self._accuracy(part, names) for part, names in (self.names | {"subject": judged}).items()}
 
-    def _accuracy(self, part: str, names: Sequence[str], texts: Sequence[str]) -> float:
+    def _accuracy(self, part: str, names: Sequence[str]) -> float:
         truth = [getattr(scene, part) for scene in self.test_scenes]
         shown = [index for index, name in enumerate(truth) if name in names]
-        found = self.classify(self.test[shown], texts)
+        found = self.classify(self.test[shown], [phrase_of(part, name) for name in names])
         return float(np.mean([names[answer] == truth[index] for answer, index in zip(found, shown, strict=True)]))
 
     def sheet(self) -> np.ndarray:

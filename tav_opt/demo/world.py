@@ -124,7 +124,7 @@ def paste(picture: Image.Image, sprite: Image.Image, x: int, y: int) -> Image.Im
     foot = y + height
     flat = max(2, height // 10)
     shadow.paste(90, (x + width // 8, foot - flat, x + width - width // 8, foot + flat // 2))
-    shadow = shadow.filter(ImageFilter.GaussianBlur(2))
+    shadow = shadow.filter(ImageFilter.GaussianBlur(picture.width / 32))
     shaded = Image.composite(Image.new("RGB", picture.size, (20, 20, 30)), picture, shadow)
     shaded.paste(sprite, (x, y), sprite)
     return shaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import dataclass, field
 from hashlib import sha256 as hash_of
@@ -38,12 +39,17 @@ def session(path: Path, device: torch.device, threads: int | None = None) -> Any
         raise InputError("onnxruntime is not installed: pip install 'tav-opt[cpu]', or [gpu]") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    # Left to itself, onnxruntime pins a thread to every core of the machine, also to those it may not use.
+    options.intra_op_num_threads = threads or usable_cores()
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
     return onnxruntime.InferenceSession(path, options, providers=providers)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_device() -> torch.device:

@@ -17,7 +17,7 @@ import torch
 from tav_opt.config import WorkerConfig
 from tav_opt.contract import STREAM_INPUTS
 from tav_opt.ddim import Stopped
-from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device
+from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device, usable_cores
 from tav_opt.free_memory import free_bytes
 from tav_opt.model_repository import read_parameters
 from tav_opt.serving.caller import Line
@@ -54,7 +54,7 @@ def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
     """onnxruntime's threads: every core for one instance, else a share of them."""
     if device.type != "cpu" or config.instances == 1:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // config.instances)
+    return max(1, usable_cores() // config.instances)
 
 
 def warm_up(engine: OnnxEngine) -> None:
