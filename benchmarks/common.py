@@ -26,6 +26,20 @@ class Timing:
     calls: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured number beside its goal."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str
+    met: bool
+
+    def __str__(self) -> str:
+        return f"| {self.name} | {self.value:.3g} {self.unit} | {self.goal} | {'yes' if self.met else 'no'} |"
+
+
 def timed(stage: str, call: Callable[[], Any], *, calls: int = 10, warmup: int = 1) -> Timing:
     """Median, p10 and p90 of `calls` calls after `warmup` ones that do not count; waits for a GPU to finish."""
     seconds = []

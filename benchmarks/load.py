@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from common import header, machine
-from overhead import Figure, WrongFrames, compare
+from common import Figure, header, machine
+from overhead import WrongFrames, compare
 from traffic import closed_load, exported, jain_index, open_load, overtaken, summary
 
 from tav_opt import command

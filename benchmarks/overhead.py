@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import Figure
 from traffic import Seen, closed_load
 
 from tav_opt import editing
@@ -20,20 +21,6 @@ from tav_opt.serving.server import ServeConfig, Server
 
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.05, 2
 """Of 255: the same graphs in another process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One measured number beside its goal."""
-
-    name: str
-    value: float
-    unit: str
-    goal: str
-    met: bool
-
-    def __str__(self) -> str:
-        return f"| {self.name} | {self.value:.3g} {self.unit} | {self.goal} | {'yes' if self.met else 'no'} |"
 
 
 class WrongFrames(Exception):

@@ -54,6 +54,11 @@ class DemoConfig:
     in_process: bool = False
     """Run the exported model in this process instead of the server."""
 
+    @property
+    def train(self) -> TrainConfig:
+        """How the clip is tuned."""
+        return TrainConfig(steps=self.steps, inversion_steps=self.ddim_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
@@ -123,8 +128,7 @@ def _edit_config(config: DemoConfig, *prompts: str) -> EditConfig:
 
 
 def _tune(config: DemoConfig, clip: video.Clip, subject: _Subject, model: str) -> None:
-    train = TrainConfig(steps=config.steps, inversion_steps=config.ddim_steps)
-    tuning.tune(model, clip, subject.prompt, train, config.out / "ckpt", on_step=_bar())
+    tuning.tune(model, clip, subject.prompt, config.train, config.out / "ckpt", on_step=_bar())
 
 
 @contextmanager

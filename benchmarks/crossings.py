@@ -1,0 +1,142 @@
+"""The package's clips, tuned as the demo tunes them, and the edits that they are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tav_opt import checkpoint, models, tuning, video
+from tav_opt.config import EditConfig
+from tav_opt.demo import world
+from tav_opt.demo.dual_encoder import phrase_of
+from tav_opt.demo.emoji import JUDGED
+from tav_opt.demo.judge import Judge, frame_difference, outside, track_correlation
+from tav_opt.demo.places import PLACES
+from tav_opt.demo.run import DemoConfig
+from tav_opt.files import read_json
+
+PACKAGE = Path(models.__file__).parent / "demo"
+DEMO = DemoConfig()
+AROUND = 1.25
+"""Side of the square about the subject's middle that counts as the subject, over the subject's longest side."""
+
+EDITS: dict[str, tuple[dict[str, str], ...]] = {
+    "leopard": (
+        {"subject": "tiger"},
+        {"subject": "elephant"},
+        {"place": "snow"},
+        {"place": "desert"},
+        {"style": "sketch"},
+        {"subject": "fox", "place": "forest"},
+    ),
+    "rabbit": (
+        {"subject": "panda"},
+        {"subject": "penguin"},
+        {"place": "meadow"},
+        {"place": "night"},
+        {"style": "watercolour"},
+        {"subject": "frog", "place": "beach"},
+    ),
+    "racing-car": (
+        {"subject": "tractor"},
+        {"subject": "bus"},
+        {"place": "desert"},
+        {"place": "snow"},
+        {"style": "grey"},
+        {"subject": "car", "style": "pixel"},
+    ),
+    "chick": (
+        {"subject": "owl"},
+        {"subject": "rooster"},
+        {"place": "beach"},
+        {"place": "sunset"},
+        {"style": "pixel"},
+        {"subject": "snowman", "place": "snow"},
+    ),
+}
+"""What each clip is turned into: subject, place, style, and two of them at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A clip of the package."""
+
+    name: str
+    scene: world.Scene
+    caption: str
+    clip: video.Clip
+    track: np.ndarray
+    """Middle of the subject (f, 2) in pixels, x and y."""
+    scale: float
+    """Longest side of the subject as a part of the picture's."""
+
+    @property
+    def around(self) -> np.ndarray:
+        """Pixels (f-1, H, W) outside the subject."""
+        shape = self.clip.frames.shape[1:3]
+        return outside(self.track, AROUND * self.scale * shape[0], shape)
+
+    def edited(self, change: dict[str, str]) -> world.Scene:
+        """The scene that an edit shall show."""
+        parts = {"subject": self.scene.subject, "place": self.scene.place, "style": self.scene.style}
+        return world.Scene(**(parts | change))
+
+
+def sources() -> Iterator[Source]:
+    """Every clip of the package."""
+    for entry in read_json(PACKAGE / "clips" / "clips.json"):
+        file = PACKAGE / "clips" / entry["file"]
+        yield Source(
+            name=entry["name"],
+            scene=world.Scene(subject=entry["subject"], place=entry["place"]),
+            caption=entry["caption"],
+            clip=video.read(file, count=entry["frames"], uniform=True, height=world.SIZE, width=world.SIZE),
+            track=np.array(entry["track"]),
+            scale=entry["scale"],
+        )
+
+
+def tuned(source: Source, folder: Path, **settings: float) -> Path:
+    """The clip's checkpoint, tuned with the demo's settings, or others, unless it is there already."""
+    if not checkpoint.is_checkpoint(folder):
+        tuning.tune(str(PACKAGE / "model"), source.clip, source.caption, replace(DEMO.train, **settings), folder)
+    return folder
+
+
+def edit_config(scene: world.Scene, *, inversion: bool = True) -> EditConfig:
+    """The demo's settings for an edit."""
+    return EditConfig(
+        prompts=(world.prompt(scene),),
+        steps=DEMO.ddim_steps,
+        inversion_steps=DEMO.ddim_steps,
+        guidance_scale=DEMO.guidance,
+        inversion=inversion,
+    )
+
+
+def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> float:
+    """Part of the frames in which the judge finds all that was asked for; the source's own parts are in the choice."""
+    right = np.ones(len(frames), bool)
+    for part, wanted in change.items():
+        names = list(dict.fromkeys([wanted, getattr(source.scene, part), *NAMES[part]]))
+        right &= judge.classify(frames, [phrase_of(part, name) for name in names if name != "plain"]) == 0
+    return float(right.mean())
+
+
+NAMES = {"subject": list(JUDGED), "place": list(PLACES), "style": list(world.STYLES)[1:]}
+
+
+def scores(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> dict[str, float]:
+    """The figures of one edit."""
+    own = frame_difference(source.clip.frames, source.around)
+    return {
+        "right frames": right_frames(judge, frames, source, change),
+        "frame consistency": judge.frame_consistency(frames),
+        "textual alignment": judge.textual_alignment(frames, world.prompt(source.edited(change))),
+        "track": track_correlation(judge.track(frames), source.track),
+        "flicker": frame_difference(frames) - frame_difference(source.clip.frames),
+        "unrest around": frame_difference(frames, source.around) / own,
+    }

@@ -1,0 +1,189 @@
+"""How good the package's small model is, judged by its dual encoder and locator: `python benchmarks/quality.py --help`.
+
+The judge is tested first, on composites of the real pictures whose combinations nobody was trained on (npm fetches the
+pictures). Exit status 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from common import Figure, header, machine
+from crossings import EDITS, NAMES, PACKAGE, edit_config, scores, sources, tuned
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from tav_opt import command, editing, sheet
+from tav_opt.demo import subjects, world
+from tav_opt.demo.dual_encoder import phrase_of
+from tav_opt.demo.judge import Judge
+from tav_opt.demo.training import grid, to_images, to_unit
+from tav_opt.demo.vae import psnr
+from tav_opt.engines.pytorch import open_checkpoint
+
+SEED = 71
+"""Of the pictures and prompts, unlike any of training."""
+BATCH = 20
+TUNING_SECONDS = 90
+
+Part = Literal["judge", "images", "videos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Judges the judge, pictures from text, and edits of the package's clips."""
+
+    parts: tuple[Part, ...] = ("judge", "images", "videos")
+    composites: int = 1000
+    prompts: int = 200
+    seeds: int = 4
+    steps: int = 25
+    guidance: float = 5.0
+    """Of pictures from text; edits have the demo's."""
+    folder: Path = Path("demo-out/quality")
+    """Tuned clips and sheets."""
+    out: Path = Path("benchmarks/results/quality.json")
+
+
+def main(config: Quality) -> int:
+    """Prints a table a part, keeps figures and sheets; returns the exit status."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    judge, figures = Judge.open(), list[Figure]()
+    run = {"judge": judge_the_judge, "images": judge_images, "videos": judge_videos}
+    for part in config.parts:
+        found = run[part](judge, config)
+        print(f"\n### {part}\n\n| figure | measured | goal | met |\n|---|---:|---|---|")
+        print("\n".join(map(str, found)), flush=True)
+        figures += found
+    print(header("\nquality of the package's small model"))
+    content = {"command": " ".join(sys.argv), "machine": machine(), "figures": [vars(figure) for figure in figures]}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    return int(not all(figure.met for figure in figures))
+
+
+def _share(name: str, value: float, least: float) -> Figure:
+    return Figure(name=name, value=100 * value, unit="%", goal=f"≥ {100 * least:.0f} %", met=value >= least)
+
+
+def _scenes(count: int, rng: np.random.Generator) -> list[world.Scene]:
+    """Held-out scenes of the judged subjects."""
+    names, found = list(subjects.JUDGED | subjects.FURTHER), list[world.Scene]()
+    while len(found) < count:
+        scene = world.draw_scene(rng, names, kept_out=True)
+        if scene.subject in subjects.JUDGED:
+            found.append(scene)
+    return found
+
+
+def _recognised(judge: Judge, images: np.ndarray, scenes: Sequence[world.Scene], part: str) -> float:
+    """Part of the pictures in which the scene's subject, place or style is the nearest of all."""
+    names = NAMES[part]
+    shown = [index for index, scene in enumerate(scenes) if getattr(scene, part) in names]
+    found = judge.classify(images[shown], [phrase_of(part, name) for name in names])
+    right = [names[answer] == getattr(scenes[index], part) for answer, index in zip(found, shown, strict=True)]
+    return float(np.mean(right))
+
+
+def judge_the_judge(judge: Judge, config: Quality) -> list[Figure]:
+    """The judge, and the VAE, on held-out composites of the real pictures."""
+    rng, sprites = np.random.default_rng(SEED), subjects.sprites()
+    scenes = _scenes(config.composites, rng)
+    pictures, middles = zip(*(world.compose_at(scene, sprites, rng) for scene in scenes), strict=True)
+    images = np.stack(pictures)
+    off = float(np.linalg.norm(judge.track(images) - np.array(middles), axis=1).mean())
+    vae = AutoencoderKL.from_pretrained(PACKAGE / "model" / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        back = to_images(vae.decode(vae.encode(to_unit(images[:200])).latent_dist.mean).sample)
+    ratio = psnr(images[:200], back)
+    return [
+        _share("composites: right subject of 50", _recognised(judge, images, scenes, "subject"), 0.9),
+        _share("composites: right place", _recognised(judge, images, scenes, "place"), 0.95),
+        _share("composites: right style", _recognised(judge, images, scenes, "style"), 0.95),
+        Figure(name="composites: distance from the subject's middle", value=off, unit="pixels", goal="", met=True),
+        Figure(name="composites: PSNR after the VAE", value=ratio, unit="dB", goal="≥ 26 dB", met=ratio >= 26),
+    ]
+
+
+def judge_images(judge: Judge, config: Quality) -> list[Figure]:
+    """Pictures from text by diffusers' own pipeline, of held-out prompts."""
+    pipeline = StableDiffusionPipeline.from_pretrained(PACKAGE / "model", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = _scenes(config.prompts, np.random.default_rng(SEED + 1)) * config.seeds
+    pictures = []
+    for first in tqdm(range(0, len(scenes), BATCH), desc="pictures", leave=False, disable=None):
+        made = pipeline(
+            [world.prompt(scene) for scene in scenes[first : first + BATCH]],
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            generator=torch.Generator().manual_seed(SEED + first),
+            output_type="np",
+        ).images
+        pictures.append((made * 255).round().astype(np.uint8))
+    images = np.concatenate(pictures)
+    page = Image.fromarray(grid(images[:96], 12))
+    page.resize((page.width * 2, page.height * 2), Image.Resampling.LANCZOS).save(config.folder / "images.png")
+    return [
+        _share("pictures: right subject of 50", _recognised(judge, images, scenes, "subject"), 0.7),
+        _share("pictures: right place", _recognised(judge, images, scenes, "place"), 0.9),
+        _share("pictures: right style", _recognised(judge, images, scenes, "style"), 0.85),
+    ]
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+
+
+def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
+    """Edits of subject, place, style and two at once, of every clip; each clip's sheet lies in the folder."""
+    found, seconds = list[dict[str, float]](), list[float]()
+    for source in sources():
+        began, folder = time.perf_counter(), config.folder / source.name
+        fresh = not folder.exists()
+        tuned(source, folder)
+        seconds += [time.perf_counter() - began] if fresh else []
+        engine = open_checkpoint(folder)
+        rows, captions = [source.clip.frames], [source.caption]
+        for change in tqdm(EDITS[source.name], desc=source.name, leave=False, disable=None):
+            scene = source.edited(change)
+            frames = editing.edit(engine, edit_config(scene))[0]
+            found.append(scores(judge, frames, source, change))
+            rows.append(frames)
+            captions.append(world.prompt(scene))
+            print(
+                f"{captions[-1]}: " + ", ".join(f"{name} {value:.2f}" for name, value in found[-1].items()), flush=True
+            )
+        Image.fromarray(sheet.contact_sheet(rows, captions)).save(config.folder / f"{source.name}.png")
+    right, track, unrest = (
+        float(np.mean([score[name] for score in found])) for name in ("right frames", "track", "unrest around")
+    )
+    figures = [
+        _share(f"edits: right target, frames of {len(found)} prompts", right, 0.8),
+        Figure(name="edits: track against the source's", value=track, unit="", goal="≥ 0.9", met=track >= 0.9),
+        Figure(
+            name="edits: unrest around the subject",
+            value=unrest,
+            unit="× the source's",
+            goal="≤ 1.5",
+            met=unrest <= 1.5,
+        ),
+    ]
+    if seconds:
+        longest = max(seconds)
+        figures.append(Figure(name="tuning", value=longest, unit="s", goal="≤ 90 s", met=longest <= TUNING_SECONDS))
+    return figures
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(Quality)
+    sys.exit(command.run("quality", lambda: main(settings)))
