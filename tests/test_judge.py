@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tav_opt import video
 from tav_opt.config import InputError
 from tav_opt.demo import subjects, world
+from tav_opt.demo.dual_encoder import phrase_of
+from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.judge import Judge, frame_difference, outside, track_correlation
 from tav_opt.demo.locator import Locator, LocatorStage
+from tav_opt.demo.places import PLACES
 from tav_opt.demo.training import to_unit
+from tav_opt.files import read_json
+from tav_opt.kernels.sparse_causal import sparse_causal_attention
 
 SHAPES = subjects.shapes()
+PACKAGE = Path(video.__file__).parent / "demo"
 
 
 def test_the_locator_learns_where_the_subject_is() -> None:
@@ -62,6 +71,36 @@ def test_differences_outside_the_subject() -> None:
     assert not frame_difference(frames, where) and where.sum() == 2 * (64 - 25)
 
 
+def test_without_sparse_causal_attention_each_frame_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ablation's stand-in is what equation 4 is for a clip of one frame, whose first and previous are itself."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    ablation = importlib.import_module("ablation")
+    q, k, v = torch.randn(3, 6, 16, 32).unbind()  # three frames of two clips
+    alone = torch.cat([sparse_causal_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 1, 4) for i in range(6)])
+    torch.testing.assert_close(ablation.each_frame_alone(q, k, v, 3, 4), alone)
+    assert not torch.allclose(sparse_causal_attention(q, k, v, 3, 4), alone)
+
+
 def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="clip_model does not exist"):
         Judge.open(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    try:
+        return Judge.open()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("entry", read_json(PACKAGE / "clips" / "clips.json"), ids=lambda entry: entry["name"])
+def test_the_packages_judge_knows_the_packages_clips(judge: Judge, entry: dict[str, Any]) -> None:
+    frames = video.read(PACKAGE / "clips" / entry["file"], count=24, uniform=True, height=64, width=64).frames
+    assert track_correlation(judge.track(frames), np.array(entry["track"])) > 0.9
+    subject, place = (phrase_of(part, entry[part]) for part in ("subject", "place"))
+    others = [phrase_of("subject", name) for name in JUDGED if name != entry["subject"]]
+    assert (judge.classify(frames, [subject, *others]) == 0).mean() > 0.8
+    elsewhere = [phrase_of("place", name) for name in PLACES if name != entry["place"]]
+    assert (judge.classify(frames, [place, *elsewhere]) == 0).mean() > 0.8
+    assert judge.textual_alignment(frames, entry["caption"]) > judge.textual_alignment(frames, "a bus at night")
