@@ -54,6 +54,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content; raises InputError when it cannot be read or has more than `most` bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise InputError(f"{path} has more than {most} bytes, the most that are sent")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file (paths as text), whole or not at all."""
     with whole(path) as temporary:

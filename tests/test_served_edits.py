@@ -17,7 +17,7 @@ from exported import FRAMES, SIDE, STEPS, Exported, export_once
 from served import Answer, Wire, metrics, post, raw, request, serving
 from test_worker import lossless
 
-from tav_opt import contract, editing, video
+from tav_opt import cli, contract, editing, video
 from tav_opt.config import EditConfig, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, UNARY_MODEL, to_tensors
 from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
@@ -149,6 +149,50 @@ def test_previews_come_as_often_as_asked(wire):
     previews = [response["preview"] for response in answer.responses if "preview" in response]
     assert {preview.shape for preview in previews} == {(1, FRAMES, 8, 8, 3)}
     assert all(preview.std() > 1 for preview in previews)
+
+
+# The command line.
+
+
+def command(server: Server, source: Path, out: Path, *prompts: str) -> int:
+    options = ["--url", server.grpc_url, "--clip", "first", "--video", str(source), "--out", str(out)]
+    return cli.main(["request", *options, "--steps", "3", "--guidance", "7.5", *(f"--prompt={p}" for p in prompts)])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_the_command_edits_a_video_of_ones_own(server, wire, tmp_path, monkeypatch, suffix):
+    """An MP4 is written as the server encoded it, other files are encoded here."""
+    data, prompts, written = lossless(other_frames(4)), ("a panda is skiing", "a man"), []
+    (tmp_path / "source.mkv").write_bytes(data)
+    monkeypatch.setattr(video, "write", lambda path, edit, fps: written.append(edit))
+    assert command(server, tmp_path / "source.mkv", tmp_path / f"edit{suffix}", *prompts) == 0
+    expected = asked(wire, replace(SHORT, prompts=prompts), video=data).last["frames"]
+    if suffix == ".gif":
+        np.testing.assert_array_equal(np.stack(written), expected)
+        return
+    found = np.stack([video.read(tmp_path / f"edit-{number}.mp4").frames for number in (1, 2)]).astype(int)
+    encoded = [video.decode(video.encode_mp4(edit, 8.0)).frames for edit in expected]
+    assert abs(found - encoded).mean() < 2 and not written, (
+        "H.264 enlarges the last bit; other edits are off by far more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, "source.mkv cannot be read: No such file"),
+        (b"nonsense" * 9, "none of"),
+        (lossless(other_frames(3)[:2]), "2 frames; the clip takes 4 frames of 64×64"),
+    ],
+    ids=["absent", "nonsense", "too short"],
+)
+def test_the_command_refuses_other_videos(server, tmp_path, capsys, data, words):
+    if data is not None:
+        (tmp_path / "source.mkv").write_bytes(data)
+    assert command(server, tmp_path / "source.mkv", tmp_path / "edit.mp4", "a panda is skiing") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error, error
+    assert not (tmp_path / "edit.mp4").exists()
 
 
 # The unary model.
