@@ -21,6 +21,7 @@ from tav_opt import cli, contract, editing, video
 from tav_opt.config import EditConfig, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, UNARY_MODEL, to_tensors
 from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
+from tav_opt.serving.probe import REQUEST_ID, probe
 from tav_opt.serving.server import Server
 
 QUEUE, CROWD = 3, 12
@@ -378,6 +379,24 @@ def test_one_line_a_request_without_the_prompt(server, wire):
     assert "OK in" in lines[0] and "clip='first'" in lines[0] and "steps=3" in lines[0] and "sample=" in lines[0]
     assert "INVALID_ARGUMENT in" in lines[1]
     assert "hushed" not in "".join(server.log) and "loud" not in "".join(server.log)
+
+
+def test_probes_are_neither_counted_nor_logged(server, wire):
+    def counted() -> dict[str, float]:
+        return {name: value for name, value in metrics(server).items() if name.startswith("tav_opt_")}
+
+    server.log.clear()
+    before = counted()
+    for _ in range(3):
+        assert probe(server.http_url, server.metrics_url).state == "alive"
+    assert counted() == before
+    edit = request(STREAM_MODEL, raw(to_tensors("first", SHORT)))
+    edit.id = REQUEST_ID
+    assert not any(reply.error_message for reply in wire.stub.ModelStreamInfer(iter([edit])))
+    name = 'tav_opt_requests_total{status="OK"}'
+    assert counted()[name] == before[name] + 1, "an edit by the probe's name is an edit"
+    wait_until(lambda: any(": OK in " in line for line in server.log))
+    assert sum(REQUEST_ID in line for line in server.log) == 1, list(server.log)
 
 
 # Several instances.

@@ -26,7 +26,6 @@ from tyro.conf import OmitArgPrefixes
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import STREAM_MODEL
 from tav_opt.model_repository import configure
-from tav_opt.serving.probe import REQUEST_ID
 from tav_opt.serving.tritonserver import Launch, compose, find_tritonserver
 
 READY_SECONDS = 120.0
@@ -218,7 +217,7 @@ class Server:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if _NOISE.search(line) or REQUEST_ID in line:
+            if _NOISE.search(line):
                 continue
             self.log.append(line)
             if " worker.py:" in line:

@@ -27,6 +27,7 @@ from tav_opt.serving.edits import Editor
 from tav_opt.serving.failures import DeadlinePassed, message, status
 from tav_opt.serving.inversions import Inversions
 from tav_opt.serving.metrics import Metrics
+from tav_opt.serving.probe import REQUEST_ID
 from tav_opt.serving.report import Report
 
 MIB = 1 << 20
@@ -95,7 +96,7 @@ class TritonPythonModel:
         )
         self._metrics = Metrics(pb_utils, args["model_instance_name"])
         self._warm_up()
-        self._set_gauges()
+        self._set_gauges(disk=True)
 
     def _warm_up(self) -> None:
         began, bases = time.perf_counter(), set[str]()
@@ -116,30 +117,39 @@ class TritonPythonModel:
             self._respond(request)
 
     def _respond(self, request: Any) -> None:
-        sender = request.get_response_sender()
-        self._pb.Logger.log_info(f"request {request.request_id()!r} begins")  # Server reads this
-        began, report, ended = time.perf_counter(), Report(), "OK"
+        sender, report = request.get_response_sender(), Report()
+        probed = request.request_id() == REQUEST_ID
+        if not probed:
+            self._pb.Logger.log_info(f"request {request.request_id()!r} begins")  # Server reads this
+        began = time.perf_counter()
+        last, ended = self._answer(request, sender, report)
+        seconds = time.perf_counter() - began
+        counted = not probed or bool(report.steps)  # an edit by that name is an edit
+        if counted:
+            self._metrics.ended(ended, seconds, report)  # before the client can ask for them
+            self._set_gauges(disk=report.inversion == "computed")
+        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        if counted:
+            settings = report.line(prompts=self._config.log_prompts)
+            self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
+
+    def _answer(self, request: Any, sender: Any, report: Report) -> tuple[Any, str]:
+        """Sends all responses but the last, which it returns with how the request ended."""
         line = _line(request)
         try:
             go_on = partial(self._go_on, sender, line, _deadline(request))
             send = self._send(sender, report)
-            last = self._response(self._editor.answer(self._inputs(request), send, go_on, report), report)
+            return self._response(self._editor.answer(self._inputs(request), send, go_on, report), report), "OK"
         except Exception as error:  # whatever a request does, the process lives
             ended = status(error)
             if ended == "INTERNAL":
                 self._pb.Logger.log_error(traceback.format_exc())
             # A response like others: errors on a stream crash Triton 2.51 where the client wants their gRPC status.
             told = np.array([ended.encode(), message(error).encode()], np.object_)
-            last = self._response({"error": told}, report)
+            return self._response({"error": told}, report), ended
         finally:
             if line is not None:
                 line.close()
-        seconds = time.perf_counter() - began
-        self._metrics.ended(ended, seconds, report)  # before the client can ask for them
-        self._set_gauges()
-        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        settings = report.line(prompts=self._config.log_prompts)
-        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
 
     def _go_on(self, sender: Any, line: Line | None, deadline: tuple[float, float] | None) -> None:
         """Raises ddim.Stopped when the client has gone, has cancelled, or has set a deadline that is over."""
@@ -159,14 +169,14 @@ class TritonPythonModel:
         report.sent_bytes += sum(map(_bytes, tensors.values()))
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])
 
-    def _set_gauges(self) -> None:
+    def _set_gauges(self, *, disk: bool) -> None:
+        """`disk`: the cache's folder too, whose every file is looked at."""
         clips, clips_bytes = self._clips.resident()
         self._metrics.set(
-            clips_resident=clips,
-            clips_bytes=clips_bytes,
-            inversions_memory_bytes=self._inversions.memory_bytes(),
-            inversions_disk_bytes=self._inversions.disk_bytes(),
+            clips_resident=clips, clips_bytes=clips_bytes, inversions_memory_bytes=self._inversions.memory_bytes()
         )
+        if disk:
+            self._metrics.set(inversions_disk_bytes=self._inversions.disk_bytes())
 
 
 def _bytes(tensor: np.ndarray) -> int:
