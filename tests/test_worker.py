@@ -24,10 +24,11 @@ from tav_opt import checkpoint, ddim, editing, model_repository, video
 from tav_opt.config import EditConfig, InputError, WorkerConfig
 from tav_opt.contract import ClipInfo, to_tensors
 from tav_opt.export import repository
-from tav_opt.serving import caller, clips, decoding, failures, inversions, previews, worker
+from tav_opt.serving import caller, clips, decoding, failures, inversions, opening, previews
 from tav_opt.serving.edits import Editor
 from tav_opt.serving.failures import DeadlinePassed, Unavailable, UnknownClip
 from tav_opt.serving.inversions import Inversions
+from tav_opt.serving.memory import Memory
 from tav_opt.serving.report import Report
 
 SHORT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5)
@@ -74,7 +75,7 @@ def editor(engine, **changes) -> Editor:
         "clips": lambda _name: engine,
         "inversions": Inversions(memory_limit=GIB),
         "decode": lambda data, info, go_on: decoding.frames_of(data, info.frames, info.height, info.width),
-        "free_bytes": lambda: 100 * GIB,
+        "memory": Memory(lambda: 100 * GIB),
     }
     return Editor(**given | changes)
 
@@ -119,7 +120,7 @@ def test_inversion_steps_that_are_absent_are_the_clips_own():
 def test_prompts_share_a_batch_where_memory_allows(free, batches):
     engine = FakeEngine()
     config = replace(SHORT, prompts=("a", "b", "c"), steps=1)
-    responses, report = answered(editor(engine, free_bytes=lambda: free * GIB), to_tensors("toy", config))
+    responses, report = answered(editor(engine, memory=Memory(lambda: free * GIB)), to_tensors("toy", config))
     assert engine.batches == batches
     assert responses[-1]["frames"].shape[0] == 3
     assert report.at_once == batches[0] // 2
@@ -129,7 +130,7 @@ def test_prompts_share_a_batch_where_memory_allows(free, batches):
 def test_too_little_memory_is_unavailable_with_the_figures():
     engine = FakeEngine()
     with pytest.raises(Unavailable, match=r"needs about 1\.00 GiB, the server has 0\.25 GiB free") as caught:
-        answered(editor(engine, free_bytes=lambda: GIB // 4), to_tensors("toy", SHORT))
+        answered(editor(engine, memory=Memory(lambda: GIB // 4)), to_tensors("toy", SHORT))
     assert failures.status(caught.value) == "UNAVAILABLE"
     assert engine.batches == []
 
@@ -244,7 +245,7 @@ class Linear(FakeEngine):
 @pytest.mark.parametrize("free", [100, 1])
 def test_previews_come_every_so_many_steps_at_the_latents_size(free):
     config = replace(SHORT, prompts=("a", "b"), steps=5, guidance_scale=1.0)
-    ours = editor(Linear(), free_bytes=lambda: free * GIB)
+    ours = editor(Linear(), memory=Memory(lambda: free * GIB))
     responses, _ = answered(ours, to_tensors("toy", config, preview_interval=2))
     shown = [(a["step"][0], a["preview"]) for a in responses if "preview" in a]
     assert [step for step, _ in shown] == ([2, 4] if free == 100 else [2, 4, 7, 9])
@@ -312,9 +313,9 @@ def test_settings_out_of_range_are_named(tmp_path, change):
 
 def test_the_caches_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert worker.cache_folder(WorkerConfig()) == tmp_path / "tav-opt" / "inversions"
-    assert worker.cache_folder(WorkerConfig(cache=Path("here"))) == Path("here")
-    assert worker.cache_folder(WorkerConfig(cache_mib=0)) is None
+    assert opening.cache_folder(WorkerConfig()) == tmp_path / "tav-opt" / "inversions"
+    assert opening.cache_folder(WorkerConfig(cache=Path("here"))) == Path("here")
+    assert opening.cache_folder(WorkerConfig(cache_mib=0)) is None
 
 
 # Between the two models.
@@ -420,10 +421,9 @@ def test_a_clip_that_is_away_for_a_moment_while_it_is_replaced_is_found(folder):
     timer.join()
 
 
-def test_memory_that_is_short_of_a_base_is_unavailable_with_the_figures(folder, monkeypatch):
-    monkeypatch.setattr(clips, "free_bytes", lambda device: 1)
+def test_memory_that_is_short_of_a_base_is_unavailable_with_the_figures(folder):
     with pytest.raises(Unavailable, match=r"opening base .* needs about .* GiB, cpu has 0\.00 GiB free"):
-        clips.Clips(folder, limit=GIB, threads=1).get("first")
+        clips.Clips(folder, limit=GIB, threads=1, memory=Memory(lambda: 1)).get("first")
 
 
 def test_several_prompts_in_a_batch_are_those_alone(folder):
@@ -433,7 +433,7 @@ def test_several_prompts_in_a_batch_are_those_alone(folder):
     alone = np.concatenate([editing.edit(engine, replace(config, prompts=(prompt,))) for prompt in config.prompts])
     assert abs(alone[0].astype(int) - alone[1]).max() > 10, "prompts that draw the same prove nothing"
     for free in (10**12, 0):
-        ours = editor(engine, free_bytes=lambda free=free: max(free, engine.extra_bytes(1)))
+        ours = editor(engine, memory=Memory(lambda free=free: max(free, engine.extra_bytes(1))))
         responses, report = answered(ours, to_tensors("first", config))
         difference = np.abs(responses[-1]["frames"].astype(int) - alone)
         assert report.at_once == (3 if free else 1)

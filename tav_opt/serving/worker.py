@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,33 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tav_opt.config import WorkerConfig
 from tav_opt.contract import STREAM_INPUTS
 from tav_opt.ddim import Stopped
-from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device
-from tav_opt.free_memory import free_bytes
+from tav_opt.engines.onnxruntime import best_device
 from tav_opt.model_repository import read_parameters
 from tav_opt.serving.caller import Line
-from tav_opt.serving.clips import Clips
-from tav_opt.serving.decoding import decode
-from tav_opt.serving.edits import Editor
 from tav_opt.serving.failures import DeadlinePassed, message, status
-from tav_opt.serving.inversions import Inversions
 from tav_opt.serving.metrics import Metrics
+from tav_opt.serving.opening import open_editor, warm_up
 from tav_opt.serving.probe import REQUEST_ID
 from tav_opt.serving.report import Report
-
-MIB = 1 << 20
-
-
-def cache_folder(config: WorkerConfig) -> Path | None:
-    """Where inversions are kept: the configured folder, else the user's cache folder; None where nothing shall be."""
-    if not config.cache_mib:
-        return None
-    if config.cache is not None:
-        return config.cache
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "tav-opt" / "inversions"
 
 
 def device_of(args: dict[str, str]) -> torch.device:
@@ -51,20 +33,6 @@ def device_of(args: dict[str, str]) -> torch.device:
     return torch.device("cpu")
 
 
-def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
-    """onnxruntime's threads: every core for one instance, else a share of them."""
-    if device.type != "cpu" or config.instances == 1:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // config.instances)
-
-
-def warm_up(engine: OnnxEngine) -> None:
-    """Runs every graph of an edit once, so that the first request finds memory and kernels ready."""
-    text = engine.encode_text(["", ""])
-    engine.predict(engine.inverted_latents.expand(2, -1, -1, -1, -1), 0, text)
-    engine.decode(engine.source_latents[:, :, :FRAMES_AT_ONCE])
-
-
 class TritonPythonModel:
     """The model as the Python backend drives it."""
 
@@ -73,26 +41,12 @@ class TritonPythonModel:
 
         self._pb: Any = pb_utils
         self._config = config = read_parameters(json.loads(args["model_config"]))
-        # onnxruntime's own threads take every core; torch does small sums only and must not compete with them.
-        torch.set_num_threads(1)
-        device = device_of(args)
-        self._clips = Clips(
+        self._editor, self._clips = open_editor(
             Path(args["model_repository"]) / args["model_version"],
-            limit=config.clips_mib * MIB,
-            device=device,
-            threads=threads_of(config, device),
-        )
-        self._inversions = Inversions(
-            memory_limit=config.inversions_mib * MIB,
-            folder=cache_folder(config),
-            disk_limit=config.cache_mib * MIB,
+            config,
+            device=device_of(args),
+            instance=args["model_instance_name"],
             on_trouble=pb_utils.Logger.log_warn,
-        )
-        self._editor = Editor(
-            clips=self._clips.get,
-            inversions=self._inversions,
-            decode=lambda data, info, go_on: decode(data, info, seconds=config.decode_seconds, keep_waiting=go_on),
-            free_bytes=partial(free_bytes, device),
         )
         self._metrics = Metrics(pb_utils, args["model_instance_name"])
         self._warm_up()
@@ -172,11 +126,12 @@ class TritonPythonModel:
     def _set_gauges(self, *, disk: bool) -> None:
         """`disk`: the cache's folder too, whose every file is looked at."""
         clips, clips_bytes = self._clips.resident()
+        inversions = self._editor.inversions
         self._metrics.set(
-            clips_resident=clips, clips_bytes=clips_bytes, inversions_memory_bytes=self._inversions.memory_bytes()
+            clips_resident=clips, clips_bytes=clips_bytes, inversions_memory_bytes=inversions.memory_bytes()
         )
         if disk:
-            self._metrics.set(inversions_disk_bytes=self._inversions.disk_bytes())
+            self._metrics.set(inversions_disk_bytes=inversions.disk_bytes())
 
 
 def _bytes(tensor: np.ndarray) -> int:
