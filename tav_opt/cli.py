@@ -182,6 +182,9 @@ def _from_yaml(path: Path) -> Tune:
 def edit(arguments: Sequence[str]) -> None:
     """Edit a tuned clip by prompts, with eager PyTorch."""
     args = tyro.cli(Edit, prog="tav-opt edit", args=arguments)
+    from tav_opt.files import check_checkpoint
+
+    check_checkpoint(args.checkpoint)
     import torch
 
     from tav_opt import editing
@@ -335,6 +338,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    return command.run(" ".join(["tav-opt", *arguments[:1]]), lambda: _command(arguments))
+
+
+def _command(arguments: Sequence[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: tav-opt COMMAND …   (tav-opt COMMAND --help tells more)\n")
         for name, function in COMMANDS.items():
@@ -348,4 +355,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"tav-opt: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return command.run(f"tav-opt {arguments[0]}", lambda: COMMANDS[arguments[0]](arguments[1:]))
+    return COMMANDS[arguments[0]](arguments[1:])
