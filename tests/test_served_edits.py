@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from encoded import lossless
 from exported import FRAMES, SIDE, STEPS, Exported, export_once
 from served import Answer, Wire, metrics, post, raw, request, serving
-from test_worker import lossless
 
 from tav_opt import cli, contract, editing, video
 from tav_opt.config import EditConfig, WorkerConfig

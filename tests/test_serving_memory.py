@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from test_worker import GIB, SHORT, FakeEngine, answered, editor
+from fakes import GIB, SHORT, FakeEngine, answered, editor
 
 from tav_opt.config import WorkerConfig
 from tav_opt.contract import to_tensors
