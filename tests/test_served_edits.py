@@ -370,15 +370,26 @@ def test_metrics_count_what_happens(server, wire):
     assert any(name.startswith("nv_inference_pending_request_count") for name in after)
 
 
+def under_id(wire: Wire, name: str, config: EditConfig) -> None:
+    """An edit whose lines in the log can be told from those of others, which come late."""
+    message = request(STREAM_MODEL, raw(to_tensors("first", config)))
+    message.id = name
+    assert not any(reply.error_message for reply in wire.stub.ModelStreamInfer(iter([message])))
+
+
+def ends(server: Server, name: str) -> list[str]:
+    return [line for line in list(server.log) if f"request '{name}': " in line]
+
+
 def test_one_line_a_request_without_the_prompt(server, wire):
     server.log.clear()
-    asked(wire, replace(SHORT, prompts=("a hushed panda",), negative_prompt="a loud dog"))
-    asked(wire, replace(SHORT, prompts=("a hushed panda " * 9,)))
-    wait_until(lambda: sum("request ''" in line and " in " in line for line in server.log) == 2)
-    lines = [line for line in server.log if " in " in line and "request ''" in line]
-    assert "OK in" in lines[0] and "clip='first'" in lines[0] and "steps=3" in lines[0] and "sample=" in lines[0]
-    assert "INVALID_ARGUMENT in" in lines[1]
-    assert "hushed" not in "".join(server.log) and "loud" not in "".join(server.log)
+    under_id(wire, "hushed", replace(SHORT, prompts=("a hushed panda",), negative_prompt="a loud dog"))
+    under_id(wire, "hushed", replace(SHORT, prompts=("a hushed panda " * 9,)))
+    wait_until(lambda: len(ends(server, "hushed")) == 2)
+    good, bad = (line.partition(": ")[2] for line in ends(server, "hushed"))
+    assert "OK in" in good and "clip='first'" in good and "steps=3" in good and "sample=" in good
+    assert "INVALID_ARGUMENT in" in bad
+    assert "hushed" not in good + bad and "loud" not in "".join(server.log) and "panda" not in "".join(server.log)
 
 
 def test_probes_are_neither_counted_nor_logged(server, wire):
@@ -390,13 +401,11 @@ def test_probes_are_neither_counted_nor_logged(server, wire):
     for _ in range(3):
         assert probe(server.http_url, server.metrics_url).state == "alive"
     assert counted() == before
-    edit = request(STREAM_MODEL, raw(to_tensors("first", SHORT)))
-    edit.id = REQUEST_ID
-    assert not any(reply.error_message for reply in wire.stub.ModelStreamInfer(iter([edit])))
+    under_id(wire, REQUEST_ID, SHORT)
     name = 'tav_opt_requests_total{status="OK"}'
     assert counted()[name] == before[name] + 1, "an edit by the probe's name is an edit"
-    wait_until(lambda: any(": OK in " in line for line in server.log))
-    assert sum(REQUEST_ID in line for line in server.log) == 1, list(server.log)
+    wait_until(lambda: ends(server, REQUEST_ID))
+    assert sum(REQUEST_ID in line for line in list(server.log)) == 1, list(server.log)
 
 
 # Several instances.
