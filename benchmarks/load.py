@@ -1,7 +1,7 @@
 """A server under load: `python benchmarks/load.py --help`.
 
-With --url a running server is loaded. Without, one is started here and first compared with the same edits in this
-process; if its frames are wrong, nothing is timed and the exit status is 1.
+With --url a running server is loaded. Without, one is started here and first compared with its worker's own loop in
+this process; if its frames are wrong, nothing is timed and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the server costs beside the same edits in this process, in one run: used by load.py."""
+"""What the server costs beside its worker's own loop in this process, in one run: used by load.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from common import Figure
 from traffic import Seen, closed_load
 
-from tav_opt import editing
 from tav_opt.client import Client
-from tav_opt.config import EditConfig
-from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
+from tav_opt.client.sync import OnProgress
+from tav_opt.config import EditConfig, WorkerConfig
+from tav_opt.contract import STREAM_MODEL, VERSION, to_tensors
+from tav_opt.engines.onnxruntime import best_device
+from tav_opt.serving.opening import open_editor, warm_up
+from tav_opt.serving.report import Report
 from tav_opt.serving.server import ServeConfig, Server
 
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.05, 2
@@ -27,51 +29,69 @@ class WrongFrames(Exception):
     """The server's frames are not those made in this process: nothing is worth timing."""
 
 
+class Here:
+    """The worker's editor, opened and warmed as the worker opens it, without a server around it."""
+
+    def __init__(self, repository: Path, clip: str) -> None:
+        folder = repository / STREAM_MODEL / str(VERSION)
+        self._editor, clips = open_editor(folder, WorkerConfig(), device=best_device())
+        self.info = clips.get(clip).info
+        warm_up(clips.get(clip))
+
+    def edit(self, clip: str, edit: EditConfig, *, on_progress: OnProgress | None = None) -> np.ndarray:
+        """The frames, as `Client.edit` has them."""
+
+        def send(told: dict[str, np.ndarray]) -> None:
+            if on_progress is not None:
+                on_progress(told["stage"][0].decode(), int(told["step"][0]), int(told["steps"][0]))
+
+        return self._editor.answer(to_tensors(clip, edit), send, lambda: None, Report())["frames"]
+
+
 def compare(repository: Path, clip: str, edit: EditConfig, *, pairs: int, clients: int) -> list[Figure]:
     """Edits in turn here and on a server started for it; raises WrongFrames."""
-    torch.set_num_threads(1)  # as the worker does
-    engine = open_clip(repository, clip)
+    here = Here(repository, clip)
     began = time.perf_counter()
     with Server(ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)) as server:
         ready = time.perf_counter() - began
         with Client(server.grpc_url) as client:
-            _check(engine, client, clip, edit)
+            _check(here, client, clip, edit)
             figures = [Figure(name="start to ready", value=ready, unit="s", goal="≤ 10 s", met=ready <= 10)]
-            figures += _overhead(engine, client, clip, edit, pairs)
-            figures.append(_first_progress(engine, client, clip, edit, pairs))
-            figures.append(_second_inversion(client, clip, edit, engine.info.inversion_steps))
-        figures.append(_throughput(engine, server.grpc_url, clip, edit, edits=2 * clients, clients=clients))
+            figures += _overhead(here, client, clip, edit, pairs)
+            figures.append(_first_progress(here, client, clip, edit, pairs))
+            figures.append(_second_inversion(client, clip, edit, here.info.inversion_steps))
+        figures.append(_throughput(here, server.grpc_url, clip, edit, edits=2 * clients, clients=clients))
     return figures
 
 
-def _check(engine: OnnxEngine, client: Client, clip: str, edit: EditConfig) -> None:
-    difference = np.abs(client.edit(clip, edit).frames.astype(int) - editing.edit(engine, edit))
+def _check(here: Here, client: Client, clip: str, edit: EditConfig) -> None:
+    difference = np.abs(client.edit(clip, edit).frames.astype(int) - here.edit(clip, edit))
     if difference.mean() > MEAN_TOLERANCE or difference.max() > MAX_TOLERANCE:
         raise WrongFrames(f"off by {difference.mean():.3f} in the mean and {difference.max()} at most, of 255")
 
 
-def _overhead(engine: OnnxEngine, client: Client, clip: str, edit: EditConfig, pairs: int) -> list[Figure]:
+def _overhead(here: Here, client: Client, clip: str, edit: EditConfig, pairs: int) -> list[Figure]:
     """Of `pairs` edits in turn, of all steps and of a tenth: a line through both differences gives the fixed part."""
     few = replace(edit, steps=max(1, edit.steps // 10))
-    (_, fewer), (here, more) = (_in_turn(engine, client, clip, config, pairs) for config in (few, edit))
+    (_, fewer), (alone, more) = (_in_turn(here, client, clip, config, pairs) for config in (few, edit))
     per_step = (more - fewer) / max(1, edit.steps - few.steps)
     fixed = 1000 * (fewer - per_step * few.steps)
-    percent = 100 * more / here
+    percent = 100 * more / alone
     return [
-        Figure(name="an edit in this process", value=here, unit="s", goal="", met=True),
+        Figure(name="an edit in this process", value=alone, unit="s", goal="", met=True),
         Figure(name="the server's share on top", value=percent, unit="%", goal="≤ 5 %", met=percent <= 5),
         Figure(name="its fixed part", value=fixed, unit="ms", goal="≤ 10 ms", met=fixed <= 10),
         Figure(name="its part of a step", value=1000 * per_step, unit="ms", goal="", met=True),
     ]
 
 
-def _in_turn(engine: OnnxEngine, client: Client, clip: str, edit: EditConfig, pairs: int) -> tuple[float, float]:
+def _in_turn(here: Here, client: Client, clip: str, edit: EditConfig, pairs: int) -> tuple[float, float]:
     """Median seconds of an edit here, and of what it takes longer on the server, pair by pair."""
-    here, there = [], []
+    alone, served = [], []
     for _ in range(pairs):
-        here.append(_seconds(lambda: editing.edit(engine, edit)))
-        there.append(_seconds(lambda: client.edit(clip, edit)))
-    return float(np.median(here)), float(np.median(np.subtract(there, here)))
+        alone.append(_seconds(lambda: here.edit(clip, edit)))
+        served.append(_seconds(lambda: client.edit(clip, edit)))
+    return float(np.median(alone)), float(np.median(np.subtract(served, alone)))
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -80,15 +100,15 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _first_progress(engine: OnnxEngine, client: Client, clip: str, edit: EditConfig, calls: int) -> Figure:
+def _first_progress(here: Here, client: Client, clip: str, edit: EditConfig, calls: int) -> Figure:
     """How much later than here the first step is told of, over the time that a step takes here."""
     short = replace(edit, steps=2)
-    here, there = [], []
+    alone, served = [], []
     for _ in range(calls):
-        here.append(_told(lambda tell: editing.edit(engine, short, on_progress=tell)))
-        there.append(_told(lambda tell: client.edit(clip, short, on_progress=tell)))
-    (first, _), (_, step) = np.median(here, axis=0), np.median(np.diff(here, prepend=0, axis=1), axis=0)
-    late = (float(np.median(there, axis=0)[0]) - float(first)) / float(step)
+        alone.append(_told(lambda tell: here.edit(clip, short, on_progress=tell)))
+        served.append(_told(lambda tell: client.edit(clip, short, on_progress=tell)))
+    step = float(np.median([second - first for first, second, *_ in alone]))
+    late = float(np.median([s[0] for s in served]) - np.median([a[0] for a in alone])) / step
     return Figure(name="first progress, later than here", value=late, unit="steps", goal="≤ 1 step", met=late <= 1)
 
 
@@ -108,8 +128,8 @@ def _second_inversion(client: Client, clip: str, edit: EditConfig, kept: int) ->
     return Figure(name="second edit's inversion", value=steps, unit="steps", goal="0", met=steps == 0)
 
 
-def _throughput(engine: OnnxEngine, url: str, clip: str, edit: EditConfig, *, edits: int, clients: int) -> Figure:
-    alone = _seconds(lambda: [editing.edit(engine, edit) for _ in range(edits)])
+def _throughput(here: Here, url: str, clip: str, edit: EditConfig, *, edits: int, clients: int) -> Figure:
+    alone = _seconds(lambda: [here.edit(clip, edit) for _ in range(edits)])
     seen: list[Seen] = []
     served = _seconds(lambda: seen.extend(asyncio.run(closed_load(url, clip, edit, clients=clients, edits=edits))))
     assert {s.status for s in seen} == {"OK"}, seen

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo
-from tav_opt.files import read_json, sha256, whole, write_json
+from tav_opt.files import DESCRIPTION, check_checkpoint, read_json, sha256, whole, write_json
 
-DESCRIPTION = "checkpoint.json"
 VALUES = "values.safetensors"
 LATENTS = "latents.safetensors"
 _WEIGHTS = (
@@ -57,9 +56,7 @@ def load(folder: Path) -> Checkpoint:
 
     Raises InputError when the folder is no checkpoint, half-written, or altered.
     """
-    if not (folder / DESCRIPTION).is_file():
-        kind = "is half-written: tuning did not finish" if any(folder.glob("resume*")) else "is not a checkpoint"
-        raise InputError(f"{folder} {kind} (no {DESCRIPTION})")
+    check_checkpoint(folder)
     description = read_json(folder / DESCRIPTION)
     for name in (VALUES, LATENTS):
         if not (folder / name).is_file() or sha256(folder / name) != description.get("files", {}).get(name):

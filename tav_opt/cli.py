@@ -70,6 +70,8 @@ class Request(EditConfig):
 
     clip: str
     """Name of the exported clip."""
+    video: Path | None = None
+    """Video file to edit in the clip's place, of its frames and size."""
     url: str = "localhost:8001"
     """Server's gRPC address."""
     deadline: float | None = None
@@ -86,7 +88,7 @@ class Request(EditConfig):
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
-    """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    """MP4 file, which the server encodes, GIF file, or a folder for PNGs; several prompts are numbered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,9 @@ def _from_yaml(path: Path) -> Tune:
 def edit(arguments: Sequence[str]) -> None:
     """Edit a tuned clip by prompts, with eager PyTorch."""
     args = tyro.cli(Edit, prog="tav-opt edit", args=arguments)
+    from tav_opt.files import check_checkpoint
+
+    check_checkpoint(args.checkpoint)
     import torch
 
     from tav_opt import editing
@@ -196,7 +201,11 @@ def request(arguments: Sequence[str]) -> int:
     """Edit an exported clip on a running server, over gRPC."""
     args = tyro.cli(Request, prog="tav-opt request", args=arguments)
     from tav_opt.client import Client, Retry, ServerError, Tls
+    from tav_opt.contract import MAX_VIDEO_BYTES, Output
+    from tav_opt.files import read_bytes
 
+    source = None if args.video is None else read_bytes(args.video, MAX_VIDEO_BYTES)
+    output: Output = "mp4" if args.out.suffix.lower() == ".mp4" else "frames"
     files = {name: getattr(args, name) for name in ("root_certificates", "certificate", "key")}
     tls = Tls(**files) if args.tls or any(files.values()) else None
     retry = Retry(
@@ -205,11 +214,13 @@ def request(arguments: Sequence[str]) -> int:
     )
     try:
         with Client(args.url, tls=tls, retry=retry) as client, _bars() as on_progress:
-            result = client.edit(args.clip, args, on_progress=on_progress, deadline_s=args.deadline)
+            result = client.edit(
+                args.clip, args, on_progress=on_progress, deadline_s=args.deadline, video=source, output=output
+            )
     except ServerError as error:
         print(f"tav-opt request: {error}", file=sys.stderr)
         return 1
-    _write(args.out, result.frames, result.fps)
+    _write(args.out, result.videos or result.frames, result.fps)
     return 0
 
 
@@ -280,12 +291,16 @@ def demo(arguments: Sequence[str]) -> None:
     run.run(tyro.cli(run.DemoConfig, prog="tav-opt demo", args=arguments))
 
 
-def _write(out: Path, edits: np.ndarray, fps: float) -> None:
+def _write(out: Path, edits: np.ndarray | Sequence[bytes], fps: float) -> None:
+    """Each edit, of frames or a file, under a name of its own."""
     from tav_opt import video
 
-    for number, frames in enumerate(edits, start=1):
+    for number, edit in enumerate(edits, start=1):
         path = out if len(edits) == 1 else out.with_stem(f"{out.stem}-{number}")
-        video.write(path, frames, fps)
+        if isinstance(edit, bytes):
+            video.write_encoded(path, edit)
+        else:
+            video.write(path, edit, fps)
         print(path)
 
 
@@ -323,6 +338,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    return command.run(" ".join(["tav-opt", *arguments[:1]]), lambda: _command(arguments))
+
+
+def _command(arguments: Sequence[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: tav-opt COMMAND …   (tav-opt COMMAND --help tells more)\n")
         for name, function in COMMANDS.items():
@@ -336,4 +355,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"tav-opt: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return command.run(f"tav-opt {arguments[0]}", lambda: COMMANDS[arguments[0]](arguments[1:]))
+    return COMMANDS[arguments[0]](arguments[1:])

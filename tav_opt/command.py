@@ -16,13 +16,20 @@ from tav_opt.config import InputError
 def run(name: str, command: Callable[[], int | None]) -> int:
     """Runs a command and gives its exit status: 2 after an InputError (one line on stderr), 130 after Ctrl-C.
 
-    SIGTERM ends it as `sys.exit` would: what it opened is closed, a server it started too.
+    141, and nothing said, when nobody reads stdout any more, as in `… | head`. SIGTERM ends it as `sys.exit` would:
+    what it opened is closed, a server it started too.
     """
     _quiet()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()  # not at the interpreter's end, where nobody could catch what it raises
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+        return 128 + signal.SIGPIPE
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -84,7 +84,7 @@ class EditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """How the served models share the machine; written into their config.pbtxt, where the worker reads it."""
+    """How the served models share the machine; the server writes it into their config.pbtxt, where they read it."""
 
     instances: int = 1
     """Edits at a time: on each GPU, or on the processor, whose cores they share."""

@@ -15,6 +15,9 @@ from typing import Any
 
 from tav_opt.config import InputError
 
+DESCRIPTION = "checkpoint.json"
+"""Of a checkpoint, written last: a folder that has one is whole."""
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -52,6 +55,25 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises InputError for a folder that is no finished checkpoint, before anything is loaded that takes seconds."""
+    if not (folder / DESCRIPTION).is_file():
+        kind = "is half-written: tuning did not finish" if any(folder.glob("resume*")) else "is not a checkpoint"
+        raise InputError(f"{folder} {kind} (no {DESCRIPTION})")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content; raises InputError when it cannot be read or has more than `most` bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise InputError(f"{path} has more than {most} bytes, the most that are sent")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:

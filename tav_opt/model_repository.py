@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tav_opt.contract import (
     UNARY_INPUTS,
     UNARY_MODEL,
     UNARY_OUTPUTS,
+    VERSION,
     ServedTensor,
 )
 from tav_opt.files import whole
@@ -130,3 +131,16 @@ def write_model_files(repository: Path, config: WorkerConfig = WorkerConfig()) -
         if not path.is_file() or path.read_text() != text:
             with whole(path) as temporary:
                 temporary.write_text(text)
+
+
+def configure(folder: Path, repository: Path, config: WorkerConfig) -> None:
+    """Makes `folder` a model repository of the bases and clips of another one, with settings of its own.
+
+    What is exported to that one later is there, too. Raises InputError for settings out of range.
+    """
+    if config.cache is not None:  # the worker runs in another folder
+        config = replace(config, cache=config.cache.resolve())
+    write_model_files(folder, config)
+    version = Path(STREAM_MODEL) / str(VERSION)
+    for name in ("base", "clips"):
+        (folder / version / name).symlink_to((repository / version / name).resolve())

@@ -197,6 +197,14 @@ def write(path: str | Path, frames: np.ndarray, fps: float) -> None:
         writer(beside, frames, fps)
 
 
+def write_encoded(path: Path, file: bytes) -> None:
+    """Writes a video file that was encoded elsewhere; raises InputError where a folder has its name."""
+    if path.is_dir():
+        raise InputError(f"{path} exists; choose a new name")
+    with whole(path) as beside:
+        beside.write_bytes(file)
+
+
 def encode_mp4(frames: np.ndarray, fps: float) -> bytes:
     """The bytes of the MP4 that `write` writes."""
     _check_frames(frames, fps)

@@ -21,7 +21,6 @@ from tritonclient.utils import np_to_triton_dtype
 
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, status_of_refusal
-from tav_opt.model_repository import write_model_files
 from tav_opt.serving import tritonserver
 from tav_opt.serving.server import ServeConfig, Server
 
@@ -36,8 +35,7 @@ def serving(repository: Path, config: WorkerConfig) -> Iterator[Server]:
         tritonserver.find_tritonserver()
     except InputError as lacking:
         pytest.skip(str(lacking))
-    write_model_files(repository, config)
-    with Server(ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)) as server:
+    with Server(ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0, worker=config)) as server:
         yield server
 
 

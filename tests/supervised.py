@@ -23,24 +23,15 @@ from tav_opt.serving.server import ServeConfig
 
 CLIP = "first"
 SHORT = EditConfig(prompts=("a panda is skiing",), steps=2, guidance_scale=7.5)
-BOUNDED = """
-dynamic_batching {
-  default_queue_policy { max_queue_size: 16, timeout_action: REJECT, allow_timeout_override: true }
-}
-"""
 
 
 def repository(golden: Path, temporary: Path) -> Path:
-    """A model repository with the clip `first`, whose queue holds 16; skips where no server is installed."""
+    """A model repository with the clip `first`; skips where no server is installed."""
     try:
         tritonserver.find_tritonserver()
     except InputError as lacking:
         pytest.skip(str(lacking))
-    folder = Path(shutil.copytree(export_once(golden, temporary).repository, temporary / "served", dirs_exist_ok=True))
-    config = folder / STREAM_MODEL / "config.pbtxt"
-    if "max_queue_size" not in config.read_text():
-        config.write_text(config.read_text() + BOUNDED)
-    return folder
+    return Path(shutil.copytree(export_once(golden, temporary).repository, temporary / "served", dirs_exist_ok=True))
 
 
 def on_free_ports(folder: Path, **settings) -> ServeConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -163,3 +164,20 @@ def test_every_command_answers_help(capsys, name):
 def test_programs_answer_help(command):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["probe", "--http-url", "http://localhost:9"]])
+def test_a_pipe_that_nobody_reads_is_no_error(arguments):
+    """As of `tav-opt … | head`."""
+    command = [sys.executable, "-c", "import sys; from tav_opt.cli import main; sys.exit(main())"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        done = subprocess.run([*command, *arguments], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_is_no_checkpoint_is_refused_before_torch_is_loaded():
+    code = "import sys; from tav_opt import cli; sys.exit(cli.main(sys.argv[1:]) + 100 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, "edit", "nope", "--prompt", "x"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2, done.stderr

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import SOURCES, lossless, mutated
 from exported import FRAMES, SIDE, Exported, export_once
 from served import Answer, Raw, Wire, metrics, processes, raw, serving
-from test_worker import SOURCES, lossless, mutated
 
 from tav_opt import editing
 from tav_opt.config import EditConfig, WorkerConfig

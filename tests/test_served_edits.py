@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from encoded import lossless
 from exported import FRAMES, SIDE, STEPS, Exported, export_once
 from served import Answer, Wire, metrics, post, raw, request, serving
-from test_worker import lossless
 
-from tav_opt import contract, editing, video
+from tav_opt import cli, contract, editing, video
 from tav_opt.config import EditConfig, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, UNARY_MODEL, to_tensors
 from tav_opt.engines.onnxruntime import OnnxEngine, open_clip
+from tav_opt.serving.probe import REQUEST_ID, probe
 from tav_opt.serving.server import Server
 
 QUEUE, CROWD = 3, 12
@@ -149,6 +150,50 @@ def test_previews_come_as_often_as_asked(wire):
     previews = [response["preview"] for response in answer.responses if "preview" in response]
     assert {preview.shape for preview in previews} == {(1, FRAMES, 8, 8, 3)}
     assert all(preview.std() > 1 for preview in previews)
+
+
+# The command line.
+
+
+def command(server: Server, source: Path, out: Path, *prompts: str) -> int:
+    options = ["--url", server.grpc_url, "--clip", "first", "--video", str(source), "--out", str(out)]
+    return cli.main(["request", *options, "--steps", "3", "--guidance", "7.5", *(f"--prompt={p}" for p in prompts)])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_the_command_edits_a_video_of_ones_own(server, wire, tmp_path, monkeypatch, suffix):
+    """An MP4 is written as the server encoded it, other files are encoded here."""
+    data, prompts, written = lossless(other_frames(4)), ("a panda is skiing", "a man"), []
+    (tmp_path / "source.mkv").write_bytes(data)
+    monkeypatch.setattr(video, "write", lambda path, edit, fps: written.append(edit))
+    assert command(server, tmp_path / "source.mkv", tmp_path / f"edit{suffix}", *prompts) == 0
+    expected = asked(wire, replace(SHORT, prompts=prompts), video=data).last["frames"]
+    if suffix == ".gif":
+        np.testing.assert_array_equal(np.stack(written), expected)
+        return
+    found = np.stack([video.read(tmp_path / f"edit-{number}.mp4").frames for number in (1, 2)]).astype(int)
+    encoded = [video.decode(video.encode_mp4(edit, 8.0)).frames for edit in expected]
+    assert abs(found - encoded).mean() < 2 and not written, (
+        "H.264 enlarges the last bit; other edits are off by far more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, "source.mkv cannot be read: No such file"),
+        (b"nonsense" * 9, "none of"),
+        (lossless(other_frames(3)[:2]), "2 frames; the clip takes 4 frames of 64×64"),
+    ],
+    ids=["absent", "nonsense", "too short"],
+)
+def test_the_command_refuses_other_videos(server, tmp_path, capsys, data, words):
+    if data is not None:
+        (tmp_path / "source.mkv").write_bytes(data)
+    assert command(server, tmp_path / "source.mkv", tmp_path / "edit.mp4", "a panda is skiing") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error, error
+    assert not (tmp_path / "edit.mp4").exists()
 
 
 # The unary model.
@@ -325,15 +370,42 @@ def test_metrics_count_what_happens(server, wire):
     assert any(name.startswith("nv_inference_pending_request_count") for name in after)
 
 
+def under_id(wire: Wire, name: str, config: EditConfig) -> None:
+    """An edit whose lines in the log can be told from those of others, which come late."""
+    message = request(STREAM_MODEL, raw(to_tensors("first", config)))
+    message.id = name
+    assert not any(reply.error_message for reply in wire.stub.ModelStreamInfer(iter([message])))
+
+
+def ends(server: Server, name: str) -> list[str]:
+    return [line for line in list(server.log) if f"request '{name}': " in line]
+
+
 def test_one_line_a_request_without_the_prompt(server, wire):
     server.log.clear()
-    asked(wire, replace(SHORT, prompts=("a hushed panda",), negative_prompt="a loud dog"))
-    asked(wire, replace(SHORT, prompts=("a hushed panda " * 9,)))
-    wait_until(lambda: sum("request ''" in line and " in " in line for line in server.log) == 2)
-    lines = [line for line in server.log if " in " in line and "request ''" in line]
-    assert "OK in" in lines[0] and "clip='first'" in lines[0] and "steps=3" in lines[0] and "sample=" in lines[0]
-    assert "INVALID_ARGUMENT in" in lines[1]
-    assert "hushed" not in "".join(server.log) and "loud" not in "".join(server.log)
+    under_id(wire, "hushed", replace(SHORT, prompts=("a hushed panda",), negative_prompt="a loud dog"))
+    under_id(wire, "hushed", replace(SHORT, prompts=("a hushed panda " * 9,)))
+    wait_until(lambda: len(ends(server, "hushed")) == 2)
+    good, bad = (line.partition(": ")[2] for line in ends(server, "hushed"))
+    assert "OK in" in good and "clip='first'" in good and "steps=3" in good and "sample=" in good
+    assert "INVALID_ARGUMENT in" in bad
+    assert "hushed" not in good + bad and "loud" not in "".join(server.log) and "panda" not in "".join(server.log)
+
+
+def test_probes_are_neither_counted_nor_logged(server, wire):
+    def counted() -> dict[str, float]:
+        return {name: value for name, value in metrics(server).items() if name.startswith("tav_opt_")}
+
+    server.log.clear()
+    before = counted()
+    for _ in range(3):
+        assert probe(server.http_url, server.metrics_url).state == "alive"
+    assert counted() == before
+    under_id(wire, REQUEST_ID, SHORT)
+    name = 'tav_opt_requests_total{status="OK"}'
+    assert counted()[name] == before[name] + 1, "an edit by the probe's name is an edit"
+    wait_until(lambda: ends(server, REQUEST_ID))
+    assert sum(REQUEST_ID in line for line in list(server.log)) == 1, list(server.log)
 
 
 # Several instances.

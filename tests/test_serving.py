@@ -20,7 +20,7 @@ import torch
 from exported import export_once
 from served import Wire, raw
 
-from tav_opt import checkpoint, editing, models
+from tav_opt import checkpoint, editing, model_repository, models
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.client import Client
 from tav_opt.config import EditConfig, InputError, TrainConfig
@@ -291,9 +291,9 @@ def test_a_folder_that_is_no_repository_is_refused(tmp_path):
         Server(free(tmp_path))
 
 
-def test_a_model_that_does_not_load_is_the_reason(triton_installed, tmp_path):
+def test_a_model_that_does_not_load_is_the_reason(triton_installed, tmp_path, monkeypatch):
     write_model_files(tmp_path)
-    (tmp_path / STREAM_MODEL / "1" / "model.py").write_text("raise ImportError('this model is broken')\n")
+    monkeypatch.setattr(model_repository, "MODEL_PY", "raise ImportError('this model is broken')\n")
     with pytest.raises(ServerDied, match=r"did not start: failed to load.*this model is broken"):
         Server(free(tmp_path))
 

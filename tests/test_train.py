@@ -121,6 +121,13 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(tmp_path: Path) -> N
     assert through.progress.loss == resumed.progress.loss
 
 
+def test_the_learning_rate_cools_down_to_nothing(tmp_path: Path) -> None:
+    hot, cold = Run(Line(), tmp_path / "hot", 1), Run(Line(), tmp_path / "cold", 1)
+    hot.train(minutes=0.01)
+    cold.train(minutes=0.01, cool_down=True)
+    assert cold.optimizer.param_groups[0]["lr"] < 0.1 * Line.lr == 0.1 * hot.optimizer.param_groups[0]["lr"]
+
+
 def test_two_runs_of_a_stage_do_not_undo_each_other(tmp_path: Path) -> None:
     class Inner(Line):
         def loss(self, rng: np.random.Generator) -> Tensor:

@@ -69,7 +69,7 @@ class Options(TypedDict, total=False):
 
     deadline_s: float | None
     """Seconds from now after which nobody waits for the edit any more; of all attempts together."""
-    video: bytes
+    video: bytes | None
     """A video file to edit in the clip's place, of its frames and size."""
     source_frames: np.ndarray
     """uint8 (f, H, W, 3) RGB to edit in the clip's place."""

@@ -56,6 +56,7 @@ def train(
     *,
     stage: Literal["vae", "text2image", "dual-encoder", "locator", "publish"],
     minutes: float = 60,
+    cool_down: bool = False,
     folder: Path = subjects.CACHE / "train",
     start_from: Path | None = None,
     smoke: bool = False,
@@ -66,6 +67,7 @@ def train(
     Args:
         stage: Which part; text2image needs the vae first. publish: copy the trained parts into the package.
         minutes: How long to train.
+        cool_down: Let the learning rate fall to zero by then: for weights to publish.
         folder: Where the state lies, with a sheet of samples per stage.
         start_from: Folder with `model/` and `clip_model/` (such as `tav_opt/demo`) whose weights to begin with where
             the stage has no state yet.
@@ -79,7 +81,7 @@ def train(
         return
     place = folder / "smoke" if smoke else folder
     pictures = subjects.shapes() if smoke else subjects.sprites()
-    STAGES[stage](Job(pictures, place, minutes, SMOKE_POOL if smoke else POOL, start_from))
+    STAGES[stage](Job(pictures, place, minutes, cool_down, SMOKE_POOL if smoke else POOL, start_from))
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Job:
     sprites: Mapping[str, Sequence[Image.Image]]
     folder: Path
     minutes: float
+    cool_down: bool
     pool: int
     start_from: Path | None
 
@@ -107,7 +110,7 @@ def train_vae(job: Job) -> None:
     """Trains the VAE and writes it to `vae/` with the scaling factor that its latents call for."""
     stage, folder = VaeStage(job.sprites), job.folder
     run = job.run(stage)
-    progress = run.train(minutes=job.minutes)
+    progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
     run.swap()
     with torch.no_grad():
         latents = stage.vae.encode(to_unit(stage.test)).latent_dist.mean
@@ -128,7 +131,7 @@ def train_text2image(job: Job) -> None:
     stage = Text2ImageStage(job.sprites, AutoencoderKL.from_pretrained(folder / "vae"), pool=job.pool)
     run = job.run(stage)
     _record(folder, stage.name, run.progress, vae=learned_on)
-    progress = run.train(minutes=job.minutes)
+    progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
     run.swap()
     pipeline = StableDiffusionPipeline(
         vae=stage.vae.half(),
@@ -156,7 +159,7 @@ def train_dual_encoder(job: Job) -> None:
     """Trains the dual encoder and writes it to `clip_model/`, a CLIPModel directory with its processor in fp16."""
     stage, folder = DualEncoderStage(job.sprites), job.folder
     run = job.run(stage)
-    progress = run.train(minutes=job.minutes)
+    progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
     run.swap()
     accuracies = {part: round(value, 3) for part, value in stage.accuracies().items()}
     half = [0.5, 0.5, 0.5]
@@ -179,7 +182,7 @@ def train_locator(job: Job) -> None:
     """Trains what finds the subject's middle and writes it to `locator/`."""
     stage, folder = LocatorStage(job.sprites), job.folder
     run = job.run(stage)
-    progress = run.train(minutes=job.minutes)
+    progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
     run.swap()
     error = round(stage.error(), 2)
 

@@ -70,13 +70,15 @@ class Run:
         """Where everything that resuming needs lies."""
         return self.folder / f"{self.stage.name}.pt"
 
-    def train(self, *, minutes: float, steps: int | None = None) -> Progress:
+    def train(self, *, minutes: float, steps: int | None = None, cool_down: bool = False) -> Progress:
         """Trains so many minutes more, or until a step; saves as it goes.
+
+        With `cool_down` the learning rate falls evenly to zero over the minutes.
 
         Raises InputError when another process trains this stage in this folder: each would undo the other's work.
         """
         with self._alone():
-            return self._train(minutes, steps)
+            return self._train(minutes, steps, cool_down)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -88,11 +90,11 @@ class Run:
                 raise InputError(f"another process trains {self.stage.name} in {self.folder}: let it end") from None
             yield
 
-    def _train(self, minutes: float, steps: int | None) -> Progress:
+    def _train(self, minutes: float, steps: int | None, cool_down: bool) -> Progress:
         start = saved = shown = time.monotonic()
         first, before = self.progress.step, self.progress.seconds
         while (now := time.monotonic()) - start < 60 * minutes and (steps is None or self.progress.step < steps):
-            self._step()
+            self._step(1 - (now - start) / (60 * minutes) if cool_down else 1.0)
             self.progress.seconds = before + time.monotonic() - start
             if now - saved > SAVE_SECONDS:
                 self.save()
@@ -105,11 +107,11 @@ class Run:
             self.show()
         return self.progress
 
-    def _step(self) -> None:
+    def _step(self, heat: float = 1.0) -> None:
         step = self.progress.step
         torch.manual_seed(self.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.lr * min(1.0, (step + 1) / WARMUP)
+            group["lr"] = self.stage.lr * heat * min(1.0, (step + 1) / WARMUP)
         loss = self.stage.loss(np.random.default_rng((self.seed, step)))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from tav_opt.engines.onnxruntime import MANIFEST, OnnxBase, OnnxEngine
 from tav_opt.files import read_json
 from tav_opt.free_memory import free_bytes
 from tav_opt.serving.failures import Unavailable, UnknownClip
+from tav_opt.serving.memory import Memory
 
 Stamp = tuple[int, int]
+CPU = torch.device("cpu")
 
 REPLACED_SECONDS = 0.02
 """How long an export needs, at most, between taking the old clip away and putting the new one in its place."""
@@ -36,10 +39,17 @@ class Clips:
     """
 
     def __init__(
-        self, folder: Path, *, limit: int, device: torch.device | None = None, threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        limit: int,
+        device: torch.device = CPU,
+        threads: int | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._folder, self._limit = folder, limit
         self._device, self._threads = device, threads
+        self._memory = memory or Memory(partial(free_bytes, device))
         self._bases: dict[str, OnnxBase] = {}
         self._open: OrderedDict[str, _Resident] = OrderedDict()
 
@@ -91,21 +101,21 @@ class Clips:
         base = ClipInfo.from_json(read_json(manifest)).exported_base
         if base not in self._bases:
             folder = self._folder / "base" / base
-            self._make_room(folder)
-            self._bases[base] = OnnxBase.open(folder, threads=self._threads, device=self._device)
+            with self._memory.promised(partial(self._make_room, folder)):
+                self._bases[base] = OnnxBase.open(folder, threads=self._threads, device=self._device)
         return OnnxEngine.open(manifest.parent, self._bases[base])
 
-    def _make_room(self, folder: Path) -> None:
-        """Closes other bases, while memory is short of one that is to be opened."""
+    def _make_room(self, folder: Path) -> int:
+        """Closes other bases, while memory is short of the bytes that one to be opened needs, which it returns."""
         needed = WEIGHTS * sum(path.stat().st_size for path in folder.glob("*"))
-        device = self._device or torch.device("cpu")
-        while needed > (free := free_bytes(device)):
+        while needed > (free := self._memory.free()):
             if not self._bases:
                 raise Unavailable(
                     f"opening base {folder.name} needs about {needed / 2**30:.2f} GiB, "
-                    f"{device.type} has {free / 2**30:.2f} GiB free: try again later"
+                    f"{self._device.type} has {free / 2**30:.2f} GiB free: try again later"
                 )
             self._drop_base(next(iter(self._bases)))
+        return needed
 
     def _drop_base(self, base: str) -> None:
         del self._bases[base]

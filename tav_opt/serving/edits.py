@@ -21,6 +21,7 @@ from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE
 from tav_opt.serving import previews
 from tav_opt.serving.failures import Unavailable
 from tav_opt.serving.inversions import Inversions, key
+from tav_opt.serving.memory import Memory
 from tav_opt.serving.report import Report
 
 Send = Callable[[dict[str, np.ndarray]], None]
@@ -52,7 +53,7 @@ class Editor:
     inversions: Inversions
     decode: Decode
     """Decodes a video file that was sent."""
-    free_bytes: Callable[[], int]
+    memory: Memory
     """Of the device."""
     preview_maps: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
     """By the clip's revision."""
@@ -72,14 +73,23 @@ class Editor:
         with report.stage("open"):
             engine = self.clips(request.clip)
         _check_source(request, engine)
-        report.at_once = _prompts_at_once(engine, request, self.free_bytes())
+
+        def choose() -> int:
+            report.at_once, needed = _prompts_at_once(engine, request, self.memory.free())
+            return needed
+
+        with self.memory.promised(choose):
+            return self._edited(engine, request, _Progress(send, go_on, report))
+
+    def _edited(self, engine: ServedEngine, request: Request, on_progress: _Progress) -> dict[str, np.ndarray]:
+        """The last response."""
+        report = on_progress.report
         text = editing.encode_prompts(engine, request.edit)
-        on_progress = _Progress(send, go_on, report)
         start = self._start(engine, request, on_progress)
         with report.stage("sample"):
             sampled = self._sampled(engine, request, text, start, on_progress)
         with report.stage("render"):
-            result = _result(engine, request, _rendered(engine, sampled, go_on))
+            result = _result(engine, request, _rendered(engine, sampled, on_progress.go_on))
         steps = report.steps["sample"]
         return {**progress("done", steps, steps), **result, "fps": np.array([engine.info.fps], np.float32)}
 
@@ -189,8 +199,8 @@ def _content(request: Request) -> str:
     return "clip"
 
 
-def _prompts_at_once(engine: ServedEngine, request: Request, free: int) -> int:
-    """How many prompts one batch may have; raises Unavailable where memory is short of one."""
+def _prompts_at_once(engine: ServedEngine, request: Request, free: int) -> tuple[int, int]:
+    """How many prompts one batch may have, and the bytes it needs; raises Unavailable where memory is short of one."""
     prompts = len(request.edit.prompts)
     encode = request.video is not None or request.source_frames is not None
     while (needed := engine.extra_bytes(prompts, encode=encode)) > free:
@@ -200,7 +210,7 @@ def _prompts_at_once(engine: ServedEngine, request: Request, free: int) -> int:
                 "try again later"
             )
         prompts = (prompts + 1) // 2
-    return prompts
+    return prompts, needed
 
 
 def _rendered(engine: ServedEngine, latents: Tensor, go_on: GoOn) -> np.ndarray:

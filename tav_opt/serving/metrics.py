@@ -42,7 +42,7 @@ class Metrics:
                 ("clips_resident", "Clips that are loaded"),
                 ("clips_bytes", "Bytes of the loaded clips' own tensors"),
                 ("inversions_memory_bytes", "Bytes of inversions kept in memory"),
-                ("inversions_disk_bytes", "Bytes of inversions kept on disk, of all instances"),
+                ("inversions_disk_bytes", "Bytes of inversions kept on disk, of all instances, as last seen"),
             )
         }
 

@@ -19,7 +19,7 @@ from typing import Literal
 from tav_opt.contract import STREAM_MODEL
 
 REQUEST_ID = "tav-opt-probe"
-"""Of the probe's requests, in logs."""
+"""Of the probe's requests: the worker neither counts nor logs them."""
 
 _COUNT = re.compile(r"^(nv_inference_(?:pending_request_count|request_failure))\{(.*)\} ([\d.e+]+)$", re.MULTILINE)
 

@@ -16,15 +16,16 @@ import urllib.error
 import urllib.request
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+from tyro.conf import OmitArgPrefixes
 
-from tav_opt.config import InputError
+from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import STREAM_MODEL
-from tav_opt.serving.probe import REQUEST_ID
+from tav_opt.model_repository import configure
 from tav_opt.serving.tritonserver import Launch, compose, find_tritonserver
 
 READY_SECONDS = 120.0
@@ -42,7 +43,7 @@ _NOISE = re.compile("CudaDriverHelper has not been|HandleCancellation called eve
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Where the server listens, and on what."""
+    """Where the server listens, on what it works, and how."""
 
     repository: Path = Path("serving/model_repository")
     """Model repository that the clips were exported to."""
@@ -63,6 +64,7 @@ class ServeConfig:
     """How often within ten minutes a server that died, or whose worker died, is started anew; 0: never."""
     tritonserver: Path | None = None
     """The program; without it, the one in $PATH, else the one in the nvidia-pytriton wheel."""
+    worker: OmitArgPrefixes[WorkerConfig] = field(default_factory=WorkerConfig)
 
     @property
     def http_host(self) -> str:
@@ -77,8 +79,8 @@ class ServerDied(RuntimeError):
 class Server:
     """A server, started and ready; stopped at the end of the block that it is the context manager of.
 
-    Raises InputError for an absent repository or tritonserver and for ports that are taken, and ServerDied when it
-    does not come up.
+    Raises InputError for an absent repository or tritonserver, for settings out of range and for ports that are taken,
+    and ServerDied when it does not come up.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -95,8 +97,10 @@ class Server:
         self._shared_memory = f"tav-opt-{secrets.token_hex(8)}-"
         self._folder = tempfile.TemporaryDirectory(prefix="tav-opt-serve-")
         try:
-            launch = compose(find_tritonserver(config.tritonserver), Path(self._folder.name))
-            self.process = _spawn(launch, _options(self.config, self._shared_memory))
+            folder = Path(self._folder.name)
+            launch = compose(find_tritonserver(config.tritonserver), folder)
+            configure(folder / "models", config.repository, config.worker)
+            self.process = _spawn(launch, _options(self.config, folder / "models", self._shared_memory))
         except BaseException:
             self._folder.cleanup()
             raise
@@ -213,7 +217,7 @@ class Server:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if _NOISE.search(line) or REQUEST_ID in line:
+            if _NOISE.search(line):
                 continue
             self.log.append(line)
             if " worker.py:" in line:
@@ -238,9 +242,9 @@ def _spawn(launch: Launch, options: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def _options(config: ServeConfig, shared_memory: str) -> list[str]:
+def _options(config: ServeConfig, models: Path, shared_memory: str) -> list[str]:
     return [
-        f"--model-repository={config.repository.resolve()}",
+        f"--model-repository={models}",
         f"--grpc-address={config.host}",
         f"--http-address={config.http_host}",
         f"--metrics-address={config.host}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,32 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tav_opt.config import WorkerConfig
 from tav_opt.contract import STREAM_INPUTS
 from tav_opt.ddim import Stopped
-from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, best_device, usable_cores
-from tav_opt.free_memory import free_bytes
+from tav_opt.engines.onnxruntime import best_device
 from tav_opt.model_repository import read_parameters
 from tav_opt.serving.caller import Line
-from tav_opt.serving.clips import Clips
-from tav_opt.serving.decoding import decode
-from tav_opt.serving.edits import Editor
 from tav_opt.serving.failures import DeadlinePassed, message, status
-from tav_opt.serving.inversions import Inversions
 from tav_opt.serving.metrics import Metrics
+from tav_opt.serving.opening import open_editor, warm_up
+from tav_opt.serving.probe import REQUEST_ID
 from tav_opt.serving.report import Report
-
-MIB = 1 << 20
-
-
-def cache_folder(config: WorkerConfig) -> Path | None:
-    """Where inversions are kept: the configured folder, else the user's cache folder; None where nothing shall be."""
-    if not config.cache_mib:
-        return None
-    if config.cache is not None:
-        return config.cache
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "tav-opt" / "inversions"
 
 
 def device_of(args: dict[str, str]) -> torch.device:
@@ -50,20 +33,6 @@ def device_of(args: dict[str, str]) -> torch.device:
     return torch.device("cpu")
 
 
-def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
-    """onnxruntime's threads: every core for one instance, else a share of them."""
-    if device.type != "cpu" or config.instances == 1:
-        return None
-    return max(1, usable_cores() // config.instances)
-
-
-def warm_up(engine: OnnxEngine) -> None:
-    """Runs every graph of an edit once, so that the first request finds memory and kernels ready."""
-    text = engine.encode_text(["", ""])
-    engine.predict(engine.inverted_latents.expand(2, -1, -1, -1, -1), 0, text)
-    engine.decode(engine.source_latents[:, :, :FRAMES_AT_ONCE])
-
-
 class TritonPythonModel:
     """The model as the Python backend drives it."""
 
@@ -72,30 +41,16 @@ class TritonPythonModel:
 
         self._pb: Any = pb_utils
         self._config = config = read_parameters(json.loads(args["model_config"]))
-        # onnxruntime's own threads take every core; torch does small sums only and must not compete with them.
-        torch.set_num_threads(1)
-        device = device_of(args)
-        self._clips = Clips(
+        self._editor, self._clips = open_editor(
             Path(args["model_repository"]) / args["model_version"],
-            limit=config.clips_mib * MIB,
-            device=device,
-            threads=threads_of(config, device),
-        )
-        self._inversions = Inversions(
-            memory_limit=config.inversions_mib * MIB,
-            folder=cache_folder(config),
-            disk_limit=config.cache_mib * MIB,
+            config,
+            device=device_of(args),
+            instance=args["model_instance_name"],
             on_trouble=pb_utils.Logger.log_warn,
-        )
-        self._editor = Editor(
-            clips=self._clips.get,
-            inversions=self._inversions,
-            decode=lambda data, info, go_on: decode(data, info, seconds=config.decode_seconds, keep_waiting=go_on),
-            free_bytes=partial(free_bytes, device),
         )
         self._metrics = Metrics(pb_utils, args["model_instance_name"])
         self._warm_up()
-        self._set_gauges()
+        self._set_gauges(disk=True)
 
     def _warm_up(self) -> None:
         began, bases = time.perf_counter(), set[str]()
@@ -116,30 +71,39 @@ class TritonPythonModel:
             self._respond(request)
 
     def _respond(self, request: Any) -> None:
-        sender = request.get_response_sender()
-        self._pb.Logger.log_info(f"request {request.request_id()!r} begins")  # Server reads this
-        began, report, ended = time.perf_counter(), Report(), "OK"
+        sender, report = request.get_response_sender(), Report()
+        probed = request.request_id() == REQUEST_ID
+        if not probed:
+            self._pb.Logger.log_info(f"request {request.request_id()!r} begins")  # Server reads this
+        began = time.perf_counter()
+        last, ended = self._answer(request, sender, report)
+        seconds = time.perf_counter() - began
+        counted = not probed or bool(report.steps)  # an edit by that name is an edit
+        if counted:
+            self._metrics.ended(ended, seconds, report)  # before the client can ask for them
+            self._set_gauges(disk=report.inversion == "computed")
+        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        if counted:
+            settings = report.line(prompts=self._config.log_prompts)
+            self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
+
+    def _answer(self, request: Any, sender: Any, report: Report) -> tuple[Any, str]:
+        """Sends all responses but the last, which it returns with how the request ended."""
         line = _line(request)
         try:
             go_on = partial(self._go_on, sender, line, _deadline(request))
             send = self._send(sender, report)
-            last = self._response(self._editor.answer(self._inputs(request), send, go_on, report), report)
+            return self._response(self._editor.answer(self._inputs(request), send, go_on, report), report), "OK"
         except Exception as error:  # whatever a request does, the process lives
             ended = status(error)
             if ended == "INTERNAL":
                 self._pb.Logger.log_error(traceback.format_exc())
             # A response like others: errors on a stream crash Triton 2.51 where the client wants their gRPC status.
             told = np.array([ended.encode(), message(error).encode()], np.object_)
-            last = self._response({"error": told}, report)
+            return self._response({"error": told}, report), ended
         finally:
             if line is not None:
                 line.close()
-        seconds = time.perf_counter() - began
-        self._metrics.ended(ended, seconds, report)  # before the client can ask for them
-        self._set_gauges()
-        sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        settings = report.line(prompts=self._config.log_prompts)
-        self._pb.Logger.log_info(f"request {request.request_id()!r}: {ended} in {seconds:.3f} s {settings}")
 
     def _go_on(self, sender: Any, line: Line | None, deadline: tuple[float, float] | None) -> None:
         """Raises ddim.Stopped when the client has gone, has cancelled, or has set a deadline that is over."""
@@ -159,14 +123,15 @@ class TritonPythonModel:
         report.sent_bytes += sum(map(_bytes, tensors.values()))
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])
 
-    def _set_gauges(self) -> None:
+    def _set_gauges(self, *, disk: bool) -> None:
+        """`disk`: the cache's folder too, whose every file is looked at."""
         clips, clips_bytes = self._clips.resident()
+        inversions = self._editor.inversions
         self._metrics.set(
-            clips_resident=clips,
-            clips_bytes=clips_bytes,
-            inversions_memory_bytes=self._inversions.memory_bytes(),
-            inversions_disk_bytes=self._inversions.disk_bytes(),
+            clips_resident=clips, clips_bytes=clips_bytes, inversions_memory_bytes=inversions.memory_bytes()
         )
+        if disk:
+            self._metrics.set(inversions_disk_bytes=inversions.disk_bytes())
 
 
 def _bytes(tensor: np.ndarray) -> int:
