@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
-from common import header, machine
+from common import apart, header, machine
 from presets import prepare
 
 from tav_opt import command, editing, memory, tuning
@@ -59,8 +56,8 @@ def main(config: Peaks) -> int:
     for case in (case for case in CASES if case.preset in config.presets):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            ckpt = _apart(partial(prepare, case.preset, folder, frames=case.frames, size=case.size, steps=2))
-            estimated, peak = _apart(partial(measure, case, ckpt, folder / "tuned"))
+            ckpt = apart(partial(prepare, case.preset, folder, frames=case.frames, size=case.size, steps=2))
+            estimated, peak = apart(partial(measure, case, ckpt, folder / "tuned"))
         rows.append({**asdict(case), "estimated": estimated, "peak": peak})
     print(header("peak of resident memory"))
     print("\n| model | what | frames | size | estimated GiB | measured GiB |\n|---|---|---:|---:|---:|---:|")
@@ -73,12 +70,6 @@ def main(config: Peaks) -> int:
     content = {"command": " ".join(sys.argv), "machine": machine(), "bytes": rows}
     config.out.write_text(json.dumps(content, indent=2) + "\n")
     return 0
-
-
-def _apart(function: Callable[[], Any]) -> Any:
-    """What a function returns, called in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function).result()
 
 
 def measure(case: Case, ckpt: Path, out: Path) -> tuple[int, int]:

@@ -38,6 +38,8 @@ def session(path: Path, device: torch.device, threads: int | None = None) -> Any
         raise InputError("onnxruntime is not installed: pip install 'tav-opt[cpu]', or [gpu]") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # With patterns the second run of a shape asks for all of its memory in one piece, beside what the first left.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list[Any] = ["CPUExecutionProvider"]
