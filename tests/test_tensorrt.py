@@ -375,14 +375,38 @@ def test_a_layer_that_departs_is_named(tmp_path: Path) -> None:
             y = Mul (second, a)
         }
     """
-    paths = []
+    runners = []
     for name, value in (("reference", "1.0"), ("graph", "1.5")):
-        onnx.save(onnx.parser.parse_model(source.replace("CHANGED", value)), tmp_path / f"{name}.onnx")
-        paths.append(tmp_path / f"{name}.onnx")
-    found = layers.by_layer(*paths, {"x": np.ones((2, 3), np.float32)}, tmp_path)
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(onnx.parser.parse_model(source.replace("CHANGED", value)), path)
+        runners.append(layers.marked_runner(path, tmp_path))
+    found = layers.by_layer(*runners, {"x": np.ones((2, 3), np.float32)})
     assert [d.tensor for d in found] == ["first", "second", "y"]
     assert [round(d.error, 3) for d in found] == [0, round(0.5 / 3, 3), round(1 / 6, 3)]
     assert parity.first_departure(found, 1e-2).startswith("second is the first layer that departs")
+
+
+def test_an_engine_that_gives_out_every_layer_is_built(unet: Path, rtx: tensorrt_library.Library) -> None:
+    """What `--debug-parity` compares on a GPU: each of the graph's tensors but constants is an output by its name."""
+    model = half.fixed(unet, 1, "standard")
+    parsed = builder.parse(rtx, model, unet)
+    layers.mark_all(parsed, model)
+    marked = {parsed.network.get_output(i).name for i in range(parsed.network.num_outputs)}
+    computing = (
+        "Conv",
+        "MatMul",
+        "Gemm",
+        "Softmax",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "Sin",
+        "Mul",
+        "Add",
+    )
+    named = {name for node in model.graph.node if node.op_type in computing for name in node.output}
+    assert "noise" in marked and named <= marked, sorted(named - marked)
+    engine, _ = builder.build(parsed, card="sm89")
+    assert all(name.encode() in engine for name in marked)
 
 
 ROUNDED = """
@@ -431,7 +455,7 @@ USED = {
     "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
     "Builder": "create_network create_builder_config build_serialized_network",
     "IBuilderConfig": "create_timing_cache set_timing_cache get_timing_cache progress_monitor set_flag",
-    "INetworkDefinition": "mark_weights_refittable get_layer num_layers",
+    "INetworkDefinition": "mark_weights_refittable get_layer num_layers mark_output",
     "OnnxParser": "parse num_errors get_error",
     "BuilderFlag": "REFIT_INDIVIDUAL",
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
