@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import onnx
 import psutil
-import pytest
 import torch
 
 from tav_opt import checkpoint
@@ -35,12 +36,11 @@ GRAPH = """
 """4 MB of values, several times as much while it runs."""
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> OnnxBase:
-    path = tmp_path / "unet.onnx"
+def open_base(folder: Path) -> OnnxBase:
+    path = folder / "unet.onnx"
     onnx.save(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(GRAPH)), path)
     return OnnxBase(
-        folder=tmp_path / info().exported_base,
+        folder=folder / info().exported_base,
         revision="1",
         sessions=dict.fromkeys(GRAPHS, session(path, torch.device("cpu"), threads=1)),
         tokenizer=None,  # type: ignore[arg-type]
@@ -72,15 +72,23 @@ def resident() -> int:
     return psutil.Process().memory_full_info().uss
 
 
-def test_eight_clips_are_one_base_and_eight_times_the_values(base: OnnxBase, tmp_path: Path) -> None:
-    """A second copy of the values, even in fp16, is half as much again; the base's own memory stays as it was."""
-    folders = [write_clip(tmp_path / f"clip-{number}") for number in range(9)]
-    clips = []
-    memory = []
-    for folder in folders:
-        clips.append(OnnxEngine.open(folder, base))
+def measured(folder: Path) -> tuple[int, list[int]]:
+    """The bytes of a clip, and what is resident with 1, 2, … of them, each of which has predicted."""
+    folders = [write_clip(folder / f"clip-{number}") for number in range(9)]
+    base, clips, memory = open_base(folder), [], []
+    for path in folders:
+        clips.append(OnnxEngine.open(path, base))
         clips[-1].predict(clips[-1].inverted_latents, 5, torch.zeros(1, 7))
         memory.append(resident())
-    values = sum(clip.nbytes for clip in clips[1:])
-    assert clips[0].nbytes == 4 * 512 * 512 * 4 + 2 * 4 * 4
-    assert 0.8 * values < memory[-1] - memory[0] < 1.15 * values, [round(m / 1e6, 1) for m in memory]
+    return clips[0].nbytes, memory
+
+
+def test_eight_clips_more_are_eight_times_their_values(tmp_path: Path) -> None:
+    """A second copy of the values, even in fp16, is half as much again; the base's own memory stays as it was.
+
+    In a process of its own: in this one they may lie in what other tests have left.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        values, memory = pool.submit(measured, tmp_path).result()
+    assert values == 4 * 512 * 512 * 4 + 2 * 4 * 4
+    assert 0.8 * 8 * values < memory[-1] - memory[0] < 1.15 * 8 * values, [round(m / 1e6, 1) for m in memory]

@@ -17,9 +17,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported import FRAMES, SIDE, STEPS, Exported, export_once, other_values
+from exported import FRAMES, SIDE, STEPS, Exported, export_once, write_other
 
-from tav_opt import checkpoint, editing
+from tav_opt import editing
 from tav_opt.config import EditConfig, InputError
 from tav_opt.engines import tensorrt as engines
 from tav_opt.engines.pytorch import open_checkpoint
@@ -98,10 +98,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 @pytest.fixture(scope="module")
 def other(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a second clip on the same base."""
-    folder = tmp_path_factory.mktemp("other")
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), folder, settings={})
-    return folder
+    return write_other(exported, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="module")

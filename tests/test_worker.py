@@ -16,11 +16,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from exported import Exported, export_once, other_values
+from exported import Exported, export_once, write_other
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tav_opt import checkpoint, ddim, editing, model_repository, video
+from tav_opt import ddim, editing, model_repository, video
 from tav_opt.config import EditConfig, InputError, WorkerConfig
 from tav_opt.contract import ClipInfo, to_tensors
 from tav_opt.export import repository
@@ -343,8 +343,7 @@ def two_clips(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> P
     """A version folder with the clips `first` and `other` on one base."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(exported.repository, folder / "repository")
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), folder / "other", settings={})
-    repository.export(folder / "other", folder / "repository", name="other")
+    repository.export(write_other(exported, folder), folder / "repository", name="other")
     return folder / "repository" / "tune_a_video_stream" / "1"
 
 
