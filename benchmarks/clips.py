@@ -7,12 +7,13 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 import tyro
-from common import header, machine
+from common import apart, header, machine
 from presets import prepare
 
 from tav_opt import checkpoint, clips, command
@@ -55,40 +56,45 @@ def _measure(config: Clips, work: Path) -> dict[str, float | str]:
         added = clips.add(work / "other", repository, name=f"clip-{number}")
         assert not added.graphs
         seconds.append(added.seconds)
-    share = added.clip.size / added.clip.base_size
     del tuned, other
     version = clips.version_folder(repository)
-    values = (version / "clips" / "clip-1" / "values.safetensors").stat().st_size
-    before = _resident()
-    base = OnnxBase.open(version / "base" / added.clip.info.exported_base, threads=2)
-    engines = [_opened(version, base, 0)]
-    resident = [_resident()]
-    for number in range(1, config.count):
-        engines.append(_opened(version, base, number))
-        resident.append(_resident())
+    values, resident = apart(partial(held, config.count, version, added.clip.info.exported_base))
     return {
         "base on disk, MB": round(added.clip.base_size / 1e6, 1),
         "clip on disk, MB": round(added.clip.size / 1e6, 2),
-        "clip over base": f"{share:.1%}",
+        "clip over base": f"{added.clip.size / added.clip.base_size:.1%}",
         "seconds to add the first clip, with its graphs": round(first.seconds, 1),
         "seconds to add another, the longest": round(max(seconds), 2),
-        "resident with one clip, MB": round((resident[0] - before) / 1e6, 1),
-        f"resident with {config.count} clips, MB": round((resident[-1] - before) / 1e6, 1),
-        "a further clip, median, MB": round(float(np.median(np.diff(resident))) / 1e6, 2),
-        "its values, held in fp32, MB": round(2 * values / 1e6, 2),
+        "values and latents of a clip in memory, MB": round(values / 1e6, 2),
+        "resident with one clip, MB": round(resident[0] / 1e6, 1),
+        f"resident with {config.count} clips, MB": round(resident[-1] / 1e6, 1),
+        "one clip and the others' values, MB": round((resident[0] + (config.count - 1) * values) / 1e6, 1),
+        "a further clip, the most, MB": round(float(np.diff(resident).max()) / 1e6, 2),
     }
 
 
+def held(count: int, version: Path, base_name: str) -> tuple[int, list[int]]:
+    """The bytes of a clip, and what is resident with 1, 2, … clips, each of which has predicted."""
+    before = _resident()
+    base = OnnxBase.open(version / "base" / base_name, threads=2)
+    engines, resident = [], []
+    for number in range(count):
+        engines.append(_opened(version, base, number))
+        resident.append(_resident() - before)
+    return engines[0].nbytes, resident
+
+
 def _opened(version: Path, base: OnnxBase, number: int) -> OnnxEngine:
-    """A clip that has predicted once: its buffers are there."""
+    """A clip that has predicted: its buffers are there."""
     engine = OnnxEngine.open(version / "clips" / f"clip-{number}", base)
     engine.predict(engine.inverted_latents, 501, engine.encode_text(["a panda"]))
     return engine
 
 
 def _resident() -> int:
+    """Bytes of the process's own pages: those of mapped files are shared and can be dropped."""
     gc.collect()
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_full_info().uss)
 
 
 if __name__ == "__main__":

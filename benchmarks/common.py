@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +54,12 @@ def timed(stage: str, call: Callable[[], Any], *, calls: int = 10, warmup: int =
             seconds.append(time.perf_counter() - start)
     p10, median, p90 = np.percentile(seconds, [10, 50, 90])
     return Timing(stage, float(median), float(p10), float(p90), calls)
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """What a function returns, called in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function).result()
 
 
 def machine() -> dict[str, str]:

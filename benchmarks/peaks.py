@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
-from common import header, machine
+from common import apart, header, machine
 from presets import prepare
 
 from tav_opt import command, editing, memory, tuning
@@ -59,8 +57,8 @@ def main(config: Peaks) -> int:
     for case in (case for case in CASES if case.preset in config.presets):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            ckpt = _apart(partial(prepare, case.preset, folder, frames=case.frames, size=case.size, steps=2))
-            estimated, peak = _apart(partial(measure, case, ckpt, folder / "tuned"))
+            ckpt = apart(partial(prepare, case.preset, folder, frames=case.frames, size=case.size, steps=2))
+            estimated, peak = apart(partial(measure, case, ckpt, folder / "tuned"))
         rows.append({**asdict(case), "estimated": estimated, "peak": peak})
     print(header("peak of resident memory"))
     print("\n| model | what | frames | size | estimated GiB | measured GiB |\n|---|---|---:|---:|---:|---:|")
@@ -75,39 +73,42 @@ def main(config: Peaks) -> int:
     return 0
 
 
-def _apart(function: Callable[[], Any]) -> Any:
-    """What a function returns, called in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function).result()
-
-
 def measure(case: Case, ckpt: Path, out: Path) -> tuple[int, int]:
-    """Bytes that were estimated, and the peak that was reached, above what Python and the libraries take."""
+    """Bytes that were estimated, and the peak reached after that, above what Python and the libraries take."""
     before = _resident("VmRSS")
     estimated = _edit(ckpt) if case.action == "edit" else _tune(case, load(ckpt).info.base, out)
     return estimated, _resident("VmHWM") - before
 
 
 def _edit(ckpt: Path) -> int:
-    engine = open_checkpoint(ckpt)
-    info = engine.info
-    editing.edit(engine, EditConfig(prompts=("a red thing",), steps=2, guidance_scale=7.5))
-    return memory.estimate_editing(engine.sd, info.frames, info.height, info.width)
+    estimates = _noted("check_editing", memory.estimate_editing)
+    editing.edit(open_checkpoint(ckpt), EditConfig(prompts=("a red thing",), steps=2, guidance_scale=7.5))
+    return estimates[0]
 
 
 def _tune(case: Case, base: str, out: Path) -> int:
+    estimates = _noted("check_tuning", memory.estimate_tuning)
     pixels = np.random.default_rng(0).integers(0, 256, (case.frames, case.size, case.size, 3), dtype=np.uint8)
     config = TrainConfig(steps=2, inversion_steps=2, gradient_checkpointing="checkpointing" in case.action)
-    estimates = []
-    check = memory.check_tuning
-
-    def noted(*arguments: object) -> None:
-        check(*arguments)  # type: ignore[arg-type]
-        estimates.append(memory.estimate_tuning(*arguments))  # type: ignore[arg-type]
-
-    memory.check_tuning = noted  # type: ignore[assignment]
     tuning.tune(base, Clip(frames=pixels, fps=8.0), "a red thing", config, out)
     return estimates[0]
+
+
+def _noted(check: str, estimate: Callable[..., int]) -> list[int]:
+    """Where the estimate will be when `memory`'s check of it was made; the peak counts from there.
+
+    The one before is of loading, when a model's file is mapped beside the copy of it: pages that the kernel can drop.
+    """
+    estimates: list[int] = []
+    checked = getattr(memory, check)
+
+    def noted(*arguments: object) -> None:
+        checked(*arguments)
+        estimates.append(estimate(*arguments))
+        Path("/proc/self/clear_refs").write_text("5")
+
+    setattr(memory, check, noted)
+    return estimates
 
 
 def _resident(what: str) -> int:

@@ -85,6 +85,8 @@ class Precision:
 
     preset: str = "demo"
     """demo, sd15 (random weights), or a checkpoint's folder."""
+    prompt: str = "a tiger on the beach"
+    """Of the edit whose frames are compared."""
     frames: int = 8
     size: int | None = None
     """Pixels of a side; default: the model's own."""
@@ -115,18 +117,53 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def sampled(engine: OnnxEngine, path: Path | None, values: dict[str, np.ndarray], config: Precision) -> np.ndarray:
-    """Frames of a guided sampling, the noise predicted by a graph of b = 2, or by the engine itself."""
-    predict: ddim.Predict = engine.predict
-    if path is not None:
-        run = session(path, torch.device("cpu")).run
+def graph_predict(path: Path, values: dict[str, np.ndarray]) -> ddim.Predict:
+    """The noise by a graph of b = 2."""
+    run = session(path, torch.device("cpu")).run
+
+    def predict(latents: Tensor, timestep: int, text: Tensor) -> Tensor:
+        timesteps = np.full(latents.shape[0], timestep, np.int64)
+        feed = {"latents": latents.numpy(), "timestep": timesteps, "text": text.numpy(), **values}
+        return torch.from_numpy(run(None, feed)[0])
+
+    return predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A guided sampling in fp32: its frames, and what was predicted from what on the way."""
+
+    engine: OnnxEngine
+    config: Precision
+    frames: np.ndarray
+    calls: list[tuple[Tensor, int, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, engine: OnnxEngine, config: Precision) -> Reference:
+        """Samples by the engine itself."""
+        calls = []
 
         def predict(latents: Tensor, timestep: int, text: Tensor) -> Tensor:
-            timesteps = np.full(latents.shape[0], timestep, np.int64)
-            feed = {"latents": latents.numpy(), "timestep": timesteps, "text": text.numpy(), **values}
-            return torch.from_numpy(run(None, feed)[0])
+            noise = engine.predict(latents, timestep, text)
+            calls.append((latents, timestep, text, noise))
+            return noise
 
-    text = engine.encode_text(["", "a panda on the beach"])
+        return cls(engine=engine, config=config, frames=sampled(engine, predict, config), calls=calls)
+
+    def noise_error(self, predict: ddim.Predict) -> float:
+        """Root mean square over that of the noise, from the same latents at ten of the steps."""
+        chosen = self.calls[:: max(1, len(self.calls) // 10)]
+        errors = [predict(*inputs) - noise for *inputs, noise in chosen]
+        return float(torch.stack(errors).norm() / torch.stack([noise for *_, noise in chosen]).norm())
+
+    def psnr(self, predict: ddim.Predict) -> float:
+        """Of the frames of a whole sampling."""
+        return psnr(sampled(self.engine, predict, self.config), self.frames)
+
+
+def sampled(engine: OnnxEngine, predict: ddim.Predict, config: Precision) -> np.ndarray:
+    """Frames of a guided sampling."""
+    text = engine.encode_text(["", config.prompt])
     latents = ddim.sample(
         predict, engine.inverted_latents, text[1:], engine.schedule, config.steps,
         unconditional=text[:1], guidance_scale=config.guidance_scale,
@@ -140,15 +177,20 @@ def main(config: Precision) -> int:
         work = Path(folder)
         ckpt = prepare(config.preset, work, frames=config.frames, size=config.size, steps=config.steps)
         clip = repository.export(ckpt, work / "repository", name="clip")
-        rows = _measure(config, work, open_clip(work / "repository", "clip"), clip)
-    print(header(f"fp16 UNet, {config.preset}, {config.frames} frames, {config.steps} steps, guidance "
-                 f"{config.guidance_scale}"))  # fmt: skip
+        engine = open_clip(work / "repository", "clip")
+        rows = _measure(config, work, engine, clip)
+    info = engine.info
+    what = {
+        "clip": info.prompt, "edit": config.prompt, "frames": info.frames, "size": [info.height, info.width],
+        "steps": config.steps, "guidance": config.guidance_scale,
+    }  # fmt: skip
+    print(header("fp16 UNet, " + ", ".join(f"{key} {value}" for key, value in what.items())))
     print("\n| fp16 graph | worst layer | its error | error of the noise | PSNR of the frames, dB |")
     print("|---|---|---:|---:|---:|")
     for name, row in rows.items():
         print(f"| {name} | {row['layer']} | {row['worst']:.1e} | {row['noise']:.1e} | {row['psnr']:.1f} |")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    config.out.write_text(json.dumps({"what": what, "machine": machine(), "rows": rows}, indent=2) + "\n")
     return 0
 
 
@@ -157,26 +199,25 @@ def _measure(config: Precision, work: Path, engine: OnnxEngine, clip: Path) -> d
     tensors = load_tensors(clip / "values.safetensors")
     values = {engine.base.value_inputs[name]: value.half().numpy() for name, value in tensors.items()}
     graph = half.write(base / "unet.onnx", work / "unet.half.onnx", set(values))
-    reference = work / "reference.onnx"
+    fp32 = work / "reference.onnx"
     os.link(base / "unet.onnx.data", work / "unet.onnx.data")  # where the copy looks for its weights
-    onnx.save(half.fixed(base / "unet.onnx", 2, "standard"), reference)
-    expected = sampled(engine, None, values, config)
-    both = torch.cat([engine.inverted_latents] * 2)
-    feed = {
-        "latents": both.numpy(),
-        "timestep": np.full(2, 981, np.int64),
-        "text": engine.encode_text(["", "a panda on the beach"]).numpy(),
-        **values,
-    }
+    onnx.save(half.fixed(base / "unet.onnx", 2, "standard"), fp32)
+    reference = Reference.of(engine, config)
+    latents, timestep, text, _ = reference.calls[0]
+    feed = {"latents": latents.numpy(), "timestep": np.full(2, timestep, np.int64), "text": text.numpy(), **values}
     rows: dict[str, dict[str, float | str]] = {}
     for name, op_types in VARIANTS.items():
         path = work / "variant.onnx"
         onnx.save(rounded(narrowed(half.fixed(graph, 2, "standard"), op_types)), path)
-        found = layers.by_layer(reference, path, feed, work)
-        worst = max(found, key=lambda d: d.error)
-        noise = next(d for d in found if d.tensor == "noise")
-        quality = psnr(sampled(engine, path, values, config), expected)
-        rows[name] = {"layer": worst.tensor, "worst": worst.error, "noise": noise.error, "psnr": quality}
+        runners = [layers.marked_runner(file, work) for file in (fp32, path)]
+        worst = max(layers.by_layer(*runners, feed), key=lambda d: d.error)
+        predict = graph_predict(path, values)
+        rows[name] = {
+            "layer": worst.tensor,
+            "worst": worst.error,
+            "noise": reference.noise_error(predict),
+            "psnr": reference.psnr(predict),
+        }
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
     return rows
 

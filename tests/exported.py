@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
 from tav_opt import checkpoint, ddim, models
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.config import TrainConfig
 from tav_opt.contract import ClipInfo
-from tav_opt.export import repository
-from tav_opt.unet import clip_value_names
+from tav_opt.export import graphs, half, repository
+from tav_opt.files import read_json
+from tav_opt.unet import clip_value_names, inflate
 
 FRAMES, SIDE, STEPS = 4, 64, 4
 
@@ -72,6 +75,26 @@ def tuned(base: Path, frames: np.ndarray, seed: int) -> Checkpoint:
 def other_values(like: Checkpoint) -> Checkpoint:
     """A second clip on the same base and size, without loading a model."""
     return replace(like, values={name: value + 0.03 for name, value in like.values.items()})
+
+
+def write_other(like: Exported, folder: Path) -> Path:
+    """The checkpoint of that second clip, as `other` in a folder."""
+    checkpoint.save(other_values(checkpoint.load(like.checkpoint)), folder / "other", settings={})
+    return folder / "other"
+
+
+def untuned_graph(image: UNet2DConditionModel, latent_shape: Sequence[int]) -> graphs.Graph:
+    """An inflated UNet for latents (c, f, h, w) with Stable Diffusion's 77 tokens and 1000 timesteps."""
+    unet = inflate(image).eval().requires_grad_(False)
+    parameters = dict(unet.named_parameters())
+    values = {name: parameters[name] for name in clip_value_names(unet, TrainConfig.trainable)}
+    return graphs.unet_graph(unet, values, latent_shape, 77, 1000)
+
+
+def half_unet(like: Exported, folder: Path) -> Path:
+    """The small model's UNet in fp16."""
+    names = read_json(like.base / "manifest.json")["values"].values()
+    return half.write(like.base / "unet.onnx", folder / "unet.half.onnx", set(names))
 
 
 def export_once(golden: Path, temporary: Path) -> Exported:

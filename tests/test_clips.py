@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from exported import FRAMES, SIDE, Exported, export_once, other_values
+from exported import FRAMES, SIDE, Exported, export_once, write_other
 
-from tav_opt import checkpoint, clips, models
+from tav_opt import clips, models
 from tav_opt.cli import main
 from tav_opt.config import InputError
 from tav_opt.engines.onnxruntime import open_clip
@@ -24,10 +24,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 @pytest.fixture(scope="module")
 def other(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a second clip on the same base."""
-    folder = tmp_path_factory.mktemp("other")
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), folder, settings={})
-    return folder
+    return write_other(exported, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import FRAMES, SIDE, STEPS, Exported, export_once, other_values
+from exported import FRAMES, SIDE, STEPS, Exported, export_once, write_other
 
-from tav_opt import checkpoint, editing, models
+from tav_opt import editing, models
 from tav_opt.config import EditConfig, InputError
 from tav_opt.engines.onnxruntime import OnnxBase, OnnxEngine, open_clip
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
@@ -113,8 +113,7 @@ def test_words_beyond_the_length_are_named(engine: OnnxEngine, eager: TorchEngin
 
 
 def test_clips_share_one_base(exported: Exported, tmp_path: Path) -> None:
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), tmp_path / "other", settings={})
-    folder = repository.export(tmp_path / "other", exported.repository, name="other")
+    folder = repository.export(write_other(exported, tmp_path), exported.repository, name="other")
     base = OnnxBase.open(exported.base, threads=2)
     engines = OnnxEngine.open(exported.version / "clips" / "first", base), OnnxEngine.open(folder, base)
     text = engines[0].encode_text(["a cat"])

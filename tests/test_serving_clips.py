@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exported import Exported, export_once, other_values
+from exported import Exported, export_once, write_other
 from fakes import GIB, answered, editor
 
-from tav_opt import checkpoint, editing
+from tav_opt import editing
 from tav_opt.config import EditConfig
 from tav_opt.contract import to_tensors
 from tav_opt.export import repository
@@ -32,8 +32,7 @@ def two_clips(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> P
     """A version folder with the clips `first` and `other` on one base."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(exported.repository, folder / "repository")
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), folder / "other", settings={})
-    repository.export(folder / "other", folder / "repository", name="other")
+    repository.export(write_other(exported, folder), folder / "repository", name="other")
     return folder / "repository" / "tune_a_video_stream" / "1"
 
 

@@ -1,4 +1,4 @@
-"""Export to TensorRT: the fp16 graphs, the plugin's graph, and real engines of TensorRT for RTX."""
+"""Export to TensorRT: real engines of TensorRT for RTX, and what is refused before they are built."""
 
 from __future__ import annotations
 
@@ -6,27 +6,22 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import onnx
 import onnx.reference
-import onnxruntime
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from exported import FRAMES, Exported, export_once
-from onnx import TensorProto
+from exported import FRAMES, Exported, export_once, half_unet, untuned_graph
 
-from tav_opt.config import InputError, TrainConfig
+from tav_opt.config import InputError
 from tav_opt.engines import tensorrt_library
 from tav_opt.export import builder, estimate, graphs, half, layers, parity, tensorrt
 from tav_opt.export.__main__ import main
-from tav_opt.export.rounding import cast_to, rounded
+from tav_opt.export.rounding import rounded
 from tav_opt.files import sha256
-from tav_opt.unet import clip_value_names, inflate
 
 pytest.importorskip("polygraphy")
 
@@ -44,84 +39,7 @@ def rtx() -> tensorrt_library.Library:
 
 @pytest.fixture(scope="module")
 def unet(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model's UNet in fp16."""
-    names = json.loads((exported.base / "manifest.json").read_text())["values"].values()
-    return half.write(exported.base / "unet.onnx", tmp_path_factory.mktemp("half") / "unet.half.onnx", set(names))
-
-
-def check(model: onnx.ModelProto, beside: Path) -> None:
-    """ONNX's own checker, which looks for the weights beside the file."""
-    path = beside.with_name("checked.onnx")
-    onnx.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element types of all tensors, as ONNX's own strict inference finds them."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    graph = inferred.graph
-    found = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
-    return found | {i.name: i.data_type for i in graph.initializer}
-
-
-def test_the_graph_is_fp16_but_for_its_islands(exported: Exported, unet: Path) -> None:
-    model = half.fixed(unet, 2, "standard")
-    check(model, unet)
-    found = types(model)
-    values = set(json.loads((exported.base / "manifest.json").read_text())["values"].values())
-    for tensor in model.graph.input:
-        kind = TensorProto.FLOAT16 if tensor.name in values else TensorProto.FLOAT
-        assert found[tensor.name] == (TensorProto.INT64 if tensor.name == "timestep" else kind), tensor.name
-    wide = {"InstanceNormalization", "Softmax", "Sin", "Cos"}
-    for node in model.graph.node:
-        if node.op_type in wide:
-            assert found[node.input[0]] == found[node.output[0]] == TensorProto.FLOAT, node.name
-        if node.op_type in ("Conv", "MatMul", "Gemm", "SparseCausalAttention"):
-            assert all(found[name] == TensorProto.FLOAT16 for name in node.input if name), node.name
-    assert wide <= {node.op_type for node in model.graph.node}
-
-
-def test_the_sinusoid_is_whole(unet: Path) -> None:
-    """Nothing between the timestep and its sines is rounded to fp16, where phases near 999 count in halves."""
-    model = half.fixed(unet, 1, "standard")
-    producers = {name: node for node in model.graph.node for name in node.output}
-    waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
-    while waiting:
-        node = waiting.pop()
-        assert cast_to(node) != TensorProto.FLOAT16, node.name
-        waiting += [producers[name] for name in node.input if name in producers]
-
-
-def test_the_plugin_graph_has_the_nodes_and_nothing_of_their_body(exported: Exported, unet: Path) -> None:
-    plugin, standard = half.fixed(unet, 2, "plugin"), half.fixed(unet, 2, "standard")
-    names = json.loads((exported.base / "manifest.json").read_text())["values"]
-    attentions = sum(name.endswith("attn1.to_q.weight") for name in names)
-    nodes = [node for node in plugin.graph.node if node.domain == "tav_opt"]
-    assert len(nodes) == attentions > 0 and not plugin.functions
-    for node in nodes:
-        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        wanted = {"frames": FRAMES, "heads": 4, "plugin_namespace": b"tav_opt", "plugin_version": b"1", "aot": 1}
-        assert found == wanted
-    counts = [Counter(node.op_type for node in model.graph.node) for model in (plugin, standard)]
-    assert counts[1]["Softmax"] - counts[0]["Softmax"] == attentions
-    assert counts[1]["MatMul"] - counts[0]["MatMul"] == 2 * attentions
-    assert counts[1]["SparseCausalAttention"] == 0
-
-
-def test_shapes_are_static(unet: Path) -> None:
-    for rows in (1, 2):
-        model = half.fixed(unet, rows, "standard")
-        for tensor in (*model.graph.input, *model.graph.output):
-            assert all(axis.dim_value > 0 for axis in tensor.type.tensor_type.shape.dim), tensor.name
-
-
-def test_a_baked_graph_has_the_values_inside(exported: Exported, unet: Path) -> None:
-    model = half.fixed(unet, 1, "standard")
-    name = model.graph.input[3].name
-    shape = [axis.dim_value for axis in model.graph.input[3].type.tensor_type.shape.dim]
-    half.bake(model, [onnx.numpy_helper.from_array(np.ones(shape, np.float16), name)])
-    check(model, unet)
-    assert name in {i.name for i in model.graph.initializer} - {i.name for i in model.graph.input}
+    return half_unet(exported, tmp_path_factory.mktemp("half"))
 
 
 def run(exported: Exported, repository: Path, *arguments: str) -> int:
@@ -320,8 +238,8 @@ def test_a_graph_that_no_parser_reads_is_one_line(unet: Path, rtx: tensorrt_libr
     assert len(str(error.value).splitlines()) == 1
 
 
-def sd_shaped() -> torch.nn.Module:
-    """Two blocks with Stable Diffusion's widths: heads of 40 and 80, text of 768, groups of 32."""
+def test_two_blocks_of_stable_diffusions_widths(rtx: tensorrt_library.Library, tmp_path: Path) -> None:
+    """Heads of 40 and 80, text of 768, groups of 32: exported, fp16 within its tolerance, and built for two cards."""
     torch.manual_seed(0)
     image = UNet2DConditionModel(
         sample_size=16,
@@ -332,28 +250,8 @@ def sd_shaped() -> torch.nn.Module:
         cross_attention_dim=768,
         attention_head_dim=8,
     )
-    return inflate(image).eval().requires_grad_(False)
-
-
-def test_two_blocks_of_stable_diffusions_widths(rtx: tensorrt_library.Library, tmp_path: Path) -> None:
-    """Exported, fp16 within its tolerance of eager PyTorch, and built for two cards."""
-    unet = sd_shaped()
-    parameters = dict(unet.named_parameters())
-    values = {name: parameters[name] for name in clip_value_names(unet, TrainConfig.trainable)}
-    graph = graphs.Graph(
-        name="unet",
-        module=graphs.ClipUNet(unet),
-        inputs={
-            "latents": torch.zeros(2, 4, 2, 16, 16),
-            "timestep": torch.zeros(2, dtype=torch.int64),
-            "text": torch.zeros(2, 77, 768),
-        },
-        output="noise",
-        axis="b",
-        values=values,
-        below=1000,
-    )
-    names = set(map(graphs.input_name, values))
+    graph = untuned_graph(image, (4, 2, 16, 16))
+    names = set(map(graphs.input_name, graph.values or {}))
     path = half.write(graphs.write(graph, tmp_path), tmp_path / "unet.half.onnx", names)
     onnx.save(rounded(half.fixed(path, 1, "standard")), tmp_path / "unet-1.onnx")
     found = parity.measure_half(
@@ -365,60 +263,27 @@ def test_two_blocks_of_stable_diffusions_widths(rtx: tensorrt_library.Library, t
         assert len(engine) > path.with_name("unet.half.onnx.data").stat().st_size, card
 
 
-def test_a_layer_that_departs_is_named(tmp_path: Path) -> None:
-    """One constant in the middle is changed: the layer that reads it is the first to depart."""
-    source = """
-        <ir_version: 10, opset_import: ["" : 20]>
-        g (float[2, 3] x) => (float[2, 3] y) <float[1] a = {2.0}, float[1] c = {CHANGED}> {
-            first = Mul (x, a)
-            second = Add (first, c)
-            y = Mul (second, a)
-        }
-    """
-    paths = []
-    for name, value in (("reference", "1.0"), ("graph", "1.5")):
-        onnx.save(onnx.parser.parse_model(source.replace("CHANGED", value)), tmp_path / f"{name}.onnx")
-        paths.append(tmp_path / f"{name}.onnx")
-    found = layers.by_layer(*paths, {"x": np.ones((2, 3), np.float32)}, tmp_path)
-    assert [d.tensor for d in found] == ["first", "second", "y"]
-    assert [round(d.error, 3) for d in found] == [0, round(0.5 / 3, 3), round(1 / 6, 3)]
-    assert parity.first_departure(found, 1e-2).startswith("second is the first layer that departs")
-
-
-ROUNDED = """
-    <ir_version: 10, opset_import: ["" : 20]>
-    g (float16[3, 5] x, float[3, 5] wide) => (float[3, 5] out, float16[3, 5] narrow) <float[1] thousand = {1000.0}> {
-        c = Cast <to = 10> (thousand)
-        big = Add (x, c)
-        lost = Sub (big, c)
-        size = Abs (lost)
-        sharp = Sqrt (size)
-        turned = Transpose <perm = [1, 0]> (sharp)
-        back = Transpose <perm = [1, 0]> (turned)
-        single = Cast <to = 1> (back)
-        island = Div (single, wide)
-        again = Cast <to = 10> (island)
-        like = CastLike (wide, x)
-        narrow = Mul (again, like)
-        out = Cast <to = 1> (narrow)
-    }
-"""
-
-
-def test_rounding_is_that_of_true_fp16() -> None:
-    """Bit for bit what numpy makes of the same graph in float16, where onnxruntime alone keeps more."""
-    model = onnx.parser.parse_model(ROUNDED)
-    generator = np.random.default_rng(0)
-    feed = {
-        "x": generator.standard_normal((3, 5)).astype(np.float16),
-        "wide": generator.uniform(1, 2, (3, 5)).astype(np.float32),
-    }
-    truth = onnx.reference.ReferenceEvaluator(model).run(None, feed)
-    unrounded = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
-    assert not np.array_equal(unrounded[0], truth[0]), "onnxruntime rounds by itself: the emulation can go"
-    found = onnxruntime.InferenceSession(rounded(model).SerializeToString()).run(None, feed)
-    for value, expected in zip(found, truth, strict=True):
-        np.testing.assert_array_equal(value, expected.astype(np.float32))
+def test_an_engine_that_gives_out_every_layer_is_built(unet: Path, rtx: tensorrt_library.Library) -> None:
+    """What `--debug-parity` compares on a GPU: each of the graph's tensors but constants is an output by its name."""
+    model = half.fixed(unet, 1, "standard")
+    parsed = builder.parse(rtx, model, unet)
+    layers.mark_all(parsed, model)
+    marked = {parsed.network.get_output(i).name for i in range(parsed.network.num_outputs)}
+    computing = (
+        "Conv",
+        "MatMul",
+        "Gemm",
+        "Softmax",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "Sin",
+        "Mul",
+        "Add",
+    )
+    named = {name for node in model.graph.node if node.op_type in computing for name in node.output}
+    assert "noise" in marked and named <= marked, sorted(named - marked)
+    engine, _ = builder.build(parsed, card="sm89")
+    assert all(name.encode() in engine for name in marked)
 
 
 # What engines/tensorrt.py and export/builder.py use of the compiled module, by class.
@@ -431,7 +296,7 @@ USED = {
     "Refitter": "set_named_weights refit_cuda_engine get_missing_weights",
     "Builder": "create_network create_builder_config build_serialized_network",
     "IBuilderConfig": "create_timing_cache set_timing_cache get_timing_cache progress_monitor set_flag",
-    "INetworkDefinition": "mark_weights_refittable get_layer num_layers",
+    "INetworkDefinition": "mark_weights_refittable get_layer num_layers mark_output",
     "OnnxParser": "parse num_errors get_error",
     "BuilderFlag": "REFIT_INDIVIDUAL",
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",

@@ -17,16 +17,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported import FRAMES, SIDE, STEPS, Exported, export_once, other_values
+from exported import FRAMES, SIDE, STEPS, Exported, export_once, write_other
 
-from tav_opt import checkpoint, editing
+from tav_opt import editing
 from tav_opt.config import EditConfig, InputError
 from tav_opt.engines import tensorrt as engines
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.engines.tensorrt_library import Library
 from tav_opt.export import builder, estimate, layers, parity, repository, tensorrt
 
-pytest.importorskip("polygraphy")
+constants = pytest.importorskip("polygraphy.constants")
+modify_outputs = pytest.importorskip("polygraphy.backend.onnx").modify_outputs
 CPU = torch.device("cpu")
 LIBRARY = Library(target="tensorrt-rtx", trt=SimpleNamespace(), version="9.9")
 _DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
@@ -97,10 +98,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 @pytest.fixture(scope="module")
 def other(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a second clip on the same base."""
-    folder = tmp_path_factory.mktemp("other")
-    checkpoint.save(other_values(checkpoint.load(exported.checkpoint)), folder, settings={})
-    return folder
+    return write_other(exported, tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +112,8 @@ def version(exported: Exported, other: Path, tmp_path_factory: pytest.TempPathFa
     return copied / "tune_a_video_stream" / "1"
 
 
-def plan(card: str) -> tensorrt.Plan:
-    config = tensorrt.EngineConfig(target="tensorrt-rtx", cards=(card,))
+def plan(card: str, *, debug_parity: bool = False) -> tensorrt.Plan:
+    config = tensorrt.EngineConfig(target="tensorrt-rtx", cards=(card,), debug_parity=debug_parity)
     return tensorrt.Plan(config=config, library=LIBRARY, cards=(card,))
 
 
@@ -127,27 +125,39 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_over_its_tolerance_is_not_written(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with the card: each engine is run; the last one, the VAE's decoder, was compiled wrongly."""
+    """As on a machine with the card: each engine is run; the last one, the VAE's decoder, was compiled wrongly.
+
+    And before it one that gives out its layers, by which the first that departs is named.
+    """
     before = set(version.glob("base/*/engines/*"))
-    ran = []
+    ran: list[str] = []
+    said: list[str] = []
 
     def runner(_library: Library, engine: Path) -> object:
         ran.append(engine.name)
         model = onnx.load(engine)
-        if engine.name.startswith("vae_decoder"):
+        if "vae_decoder" in engine.name:
             bias = next(i for i in model.graph.initializer if i.name.endswith("conv_out.bias"))
             bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.1), bias.name))
             onnx.save(model, engine)
         return layers.onnxruntime_runner(engine, "tensorrt-rtx")
 
+    def mark_all(parsed: onnx.ModelProto, _model: onnx.ModelProto) -> None:
+        parsed.CopyFrom(modify_outputs(parsed, outputs=constants.MARK_ALL))
+
     stand_in(monkeypatch)
     monkeypatch.setattr(layers, "tensorrt_runner", runner)
+    monkeypatch.setattr(layers, "mark_all", mark_all)
     monkeypatch.setattr(tensorrt.Plan, "runs_here", lambda *_: True)
     with pytest.raises(
         parity.ParityError, match=r"vae_decoder: error 4\.\de-02 in tensorrt-rtx .* no engine was written"
     ):
-        tensorrt.export(plan("sm86"), version / "clips" / "first")
-    assert len(ran) == 5
+        tensorrt.export(plan("sm86", debug_parity=True), version / "clips" / "first", say=said.append)
+    assert len(ran) == 10 and ran[-2:] == ["debug-vae_decoder-4.engine", "vae_decoder-4.engine"]
+    departures = [line for line in said if "in tensorrt-rtx: " in line]
+    assert [f"debug-{line.split(' in ')[0].replace(' at ', '-')}.engine" for line in departures] == ran[::2]
+    assert "no layer departs" in departures[0]
+    assert "vae_decoder at 4 in tensorrt-rtx: pixels is the first layer that departs" in departures[-1]
     assert set(version.glob("base/*/engines/*")) == before
 
 

@@ -10,12 +10,11 @@ import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from exported import untuned_graph
 
-from tav_opt.config import TrainConfig
 from tav_opt.engines import tensorrt_library
 from tav_opt.export import builder, estimate, graphs, half, layers, parity
 from tav_opt.export.rounding import rounded
-from tav_opt.unet import clip_value_names, inflate
 
 pytestmark = pytest.mark.full
 pytest.importorskip("polygraphy")
@@ -25,23 +24,9 @@ pytest.importorskip("tensorrt_rtx")
 def sd15() -> graphs.Graph:
     """diffusers' defaults are Stable Diffusion's but for the width of its text and its heads."""
     torch.manual_seed(0)
-    unet = inflate(UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)).eval().requires_grad_(False)
-    parameters = dict(unet.named_parameters())
-    assert round(sum(p.numel() for n, p in parameters.items() if "_temp." not in n) / 1e6) == 860
-    values = {name: parameters[name] for name in clip_value_names(unet, TrainConfig.trainable)}
-    return graphs.Graph(
-        name="unet",
-        module=graphs.ClipUNet(unet),
-        inputs={
-            "latents": torch.zeros(2, 4, 4, 16, 16),
-            "timestep": torch.zeros(2, dtype=torch.int64),
-            "text": torch.zeros(2, 77, 768),
-        },
-        output="noise",
-        axis="b",
-        values=values,
-        below=1000,
-    )
+    image = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    assert round(sum(p.numel() for p in image.parameters()) / 1e6) == 860
+    return untuned_graph(image, (4, 4, 16, 16))
 
 
 def told(what: str, start: float) -> float:

@@ -41,6 +41,8 @@ def session(path: Path, device: torch.device, threads: int | None = None) -> Any
     options.log_severity_level = 3
     # Left to itself, onnxruntime pins a thread to every core of the machine, also to those it may not use.
     options.intra_op_num_threads = threads or usable_cores()
+    # With patterns the second run of a shape asks for all of its memory in one piece, beside what the first left.
+    options.enable_mem_pattern = False
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
@@ -246,18 +248,23 @@ class OnnxEngine:
         return frames.reshape(latents.shape[0], -1, *frames.shape[1:])
 
 
-def open_clip(repository: Path, name: str, *, threads: int | None = None) -> OnnxEngine:
-    """Opens an exported clip of a model repository, and its base.
-
-    Raises InputError for a name that is not there, and as OnnxBase.open and OnnxEngine.open do.
-    """
+def find_clip(repository: Path, name: str) -> tuple[Path, Path]:
+    """The folders of an exported clip and of its base; raises InputError, naming those there are, for another name."""
     folder = repository / STREAM_MODEL / str(VERSION)
     clip = folder / "clips" / check_clip_name(name)
     if not clip.is_dir():
         known = sorted(path.parent.name for path in folder.glob(f"clips/*/{MANIFEST}"))
         raise InputError(f"clip {name!r} is not in {repository}: {', '.join(known) or 'no clip is'}")
-    info = ClipInfo.from_json(read_json(clip / MANIFEST))
-    return OnnxEngine.open(clip, OnnxBase.open(folder / "base" / info.exported_base, threads=threads))
+    return clip, folder / "base" / ClipInfo.from_json(read_json(clip / MANIFEST)).exported_base
+
+
+def open_clip(repository: Path, name: str, *, threads: int | None = None) -> OnnxEngine:
+    """Opens an exported clip of a model repository, and its base.
+
+    Raises InputError as find_clip, OnnxBase.open and OnnxEngine.open do.
+    """
+    clip, base = find_clip(repository, name)
+    return OnnxEngine.open(clip, OnnxBase.open(base, threads=threads))
 
 
 def _verify(folder: Path, manifest: dict[str, Any], needed: list[str]) -> None:

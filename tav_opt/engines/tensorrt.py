@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tav_opt.checkpoint import load_tensors
 from tav_opt.config import InputError
-from tav_opt.contract import STREAM_MODEL, VERSION, ClipInfo, check_clip_name
+from tav_opt.contract import VERSION, ClipInfo
 from tav_opt.ddim import Schedule
 from tav_opt.engines import tensorrt_library
-from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine, revision_of
+from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine, find_clip, revision_of
 from tav_opt.engines.tensorrt_library import ENGINES, Library, Target
 from tav_opt.engines.working_memory import WorkingMemory
 from tav_opt.files import altered, read_json
@@ -312,13 +312,8 @@ def open_clip(repository: Path, name: str, *, target: Target = "tensorrt") -> Te
 
     Raises InputError for a name that is not there, a missing library or GPU, and as the base and the clip do.
     """
-    folder = repository / STREAM_MODEL / str(VERSION)
-    clip = folder / "clips" / check_clip_name(name)
-    if not clip.is_dir():
-        known = sorted(path.parent.name for path in folder.glob("clips/*/manifest.json"))
-        raise InputError(f"clip {name!r} is not in {repository}: {', '.join(known) or 'no clip is'}")
+    clip, base = find_clip(repository, name)
     library = tensorrt_library.load(target)
     card = tensorrt_library.present_card(library)
-    exported = folder / "base" / ClipInfo.from_json(read_json(clip / "manifest.json")).exported_base
-    base = TensorRtBase.load(exported, library, card, torch.device("cuda"), deserializer(library))
-    return TensorRtEngine.load(clip, base)
+    opened = TensorRtBase.load(base, library, card, torch.device("cuda"), deserializer(library))
+    return TensorRtEngine.load(clip, opened)

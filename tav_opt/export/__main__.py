@@ -39,7 +39,9 @@ class ExportConfig:
     refit: bool = False
     """The clip's values as constants to refit, not as inputs: to measure one against the other."""
     debug_parity: bool = False
-    """Name the first layer whose fp16 values depart."""
+    """Name the first layer whose fp16 values depart from the fp32 graph's: of every fp16 graph, in ONNX Runtime; and,
+    where the GPU that engines are for is here, of each engine built once more with every layer given out. The engines'
+    half was built, and never run so far."""
     base: str | None = None
     """The base model, where it is no longer where the clip was tuned."""
     prompt: str | None = None

@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from tav_opt.export.sparse_causal import OPSET, Body, append_body, translate
 from tav_opt.models import StableDiffusion
+from tav_opt.unet import VideoUNet
 
 
 class TextEncoder(nn.Module):
@@ -85,8 +86,8 @@ def input_name(parameter: str) -> str:
 
 def graphs(sd: StableDiffusion, values: dict[str, Tensor], latent_shape: Sequence[int]) -> list[Graph]:
     """The graphs of a base for clips whose latents are (c, f, h, w), with tensors to trace them."""
-    c, f, h, w = latent_shape
-    tokens, width = sd.tokenizer.model_max_length, sd.unet.config.cross_attention_dim
+    c, _, h, w = latent_shape
+    tokens = sd.tokenizer.model_max_length
     pixels = torch.zeros(2, 3, h * sd.vae_factor, w * sd.vae_factor)
     return [
         Graph(
@@ -98,19 +99,7 @@ def graphs(sd: StableDiffusion, values: dict[str, Tensor], latent_shape: Sequenc
             below=sd.text_encoder.config.vocab_size,
         ),
         Graph(name="vae_encoder", module=VaeEncoder(sd.vae), inputs={"pixels": pixels}, output="latents", axis="n"),
-        Graph(
-            name="unet",
-            module=ClipUNet(sd.unet),
-            inputs={
-                "latents": torch.zeros(2, c, f, h, w),
-                "timestep": torch.zeros(2, dtype=torch.int64),
-                "text": torch.zeros(2, tokens, width),
-            },
-            output="noise",
-            axis="b",
-            values=values,
-            below=len(sd.schedule.alphas_cumprod),
-        ),
+        unet_graph(sd.unet, values, latent_shape, tokens, len(sd.schedule.alphas_cumprod)),
         Graph(
             name="vae_decoder",
             module=VaeDecoder(sd.vae),
@@ -119,6 +108,25 @@ def graphs(sd: StableDiffusion, values: dict[str, Tensor], latent_shape: Sequenc
             axis="n",
         ),
     ]
+
+
+def unet_graph(
+    unet: VideoUNet, values: dict[str, Tensor], latent_shape: Sequence[int], tokens: int, timesteps: int
+) -> Graph:
+    """The UNet's graph for latents (c, f, h, w), so many tokens and timesteps."""
+    return Graph(
+        name="unet",
+        module=ClipUNet(unet),
+        inputs={
+            "latents": torch.zeros(2, *latent_shape),
+            "timestep": torch.zeros(2, dtype=torch.int64),
+            "text": torch.zeros(2, tokens, unet.config.cross_attention_dim),
+        },
+        output="noise",
+        axis="b",
+        values=values,
+        below=timesteps,
+    )
 
 
 @torch.no_grad()

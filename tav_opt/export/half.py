@@ -17,6 +17,9 @@ from tav_opt.export.rounding import cast_to
 STATISTICS = ("InstanceNormalization", "Softmax")
 """Operators that stay in fp32: benchmarks/precision.py has the errors with and without each.
 
+Softmax is as good in fp16 while its sum is fp32; where a compiler sums thousands of keys in fp16 one by one, it is
+wrong (benchmarks/softmax.py), and TensorRT does not say how it sums.
+
 LayerNormalization is none of them: its `stash_type` makes its statistics fp32 by the operator's own definition.
 """
 SINUSOID = ("Sin", "Cos")

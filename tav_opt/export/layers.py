@@ -16,6 +16,7 @@ import torch
 from tav_opt.config import InputError
 from tav_opt.engines.onnxruntime import session
 from tav_opt.engines.tensorrt_library import Library
+from tav_opt.export.builder import Network
 
 Feed = Mapping[str, np.ndarray]
 Runner = Any
@@ -67,11 +68,27 @@ def eager_runner(call: Callable[[Feed], np.ndarray], like: Feed, output: str) ->
 
 def tensorrt_runner(library: Library, engine: Path) -> Runner:
     """Runs an engine on the GPU that it was built for. Never run so far."""
-    polygraphy = _polygraphy()
-    polygraphy.config.USE_TENSORRT_RTX = library.target == "tensorrt-rtx"  # read when it first imports either
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    backend = _tensorrt_backend(library)
+    return backend.TrtRunner(backend.EngineFromBytes(engine.read_bytes()), name=library.target)
 
-    return TrtRunner(EngineFromBytes(engine.read_bytes()), name=library.target)
+
+def _tensorrt_backend(library: Library) -> Any:
+    _polygraphy().config.USE_TENSORRT_RTX = library.target == "tensorrt-rtx"  # read when it first imports either
+    from polygraphy.backend import trt
+
+    return trt
+
+
+def mark_all(parsed: Network, model: onnx.ModelProto) -> None:
+    """Makes an output of every tensor of the parsed network that has its name from the ONNX graph, in place.
+
+    Constants stay inside, and so does what the parser puts between: it has names that no other graph knows.
+    """
+    known = {name for node in model.graph.node for name in node.output}
+    constant = parsed.library.trt.LayerType.CONSTANT
+    tensors = [x.get_output(i) for x in parsed.layers if x.type != constant for i in range(x.num_outputs)]
+    names = [tensor.name for tensor in tensors if tensor is not None and tensor.name in known]
+    _tensorrt_backend(parsed.library).modify_network_outputs((parsed.builder, parsed.network), outputs=names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,25 +129,21 @@ def _differences(reference: Sequence[Any], found: Sequence[Any]) -> list[Differe
     return list(worst.values())
 
 
-def by_layer(reference: Path, graph: Path, feed: Feed, folder: Path) -> list[Difference]:
-    """Every tensor that two graphs have by the same name, in the order in which the reference makes them.
+def by_layer(reference: Runner, other: Runner, feed: Feed) -> list[Difference]:
+    """Every tensor that two runners give by the same name, in the order in which the reference makes them.
 
-    Both run in onnxruntime with every tensor an output: memory for all of them is needed at once.
+    Of runners whose every tensor is an output; memory for all of them is needed at once.
     """
-    _polygraphy()
-    marked = [_all_outputs(path, folder / f"{path.stem}-layers.onnx") for path in (reference, graph)]
-    runners = [onnxruntime_runner(path, name) for path, name in zip(marked, ("reference", "graph"), strict=True)]
-    outputs = [_fed(runner, path, feed) for runner, path in zip(runners, marked, strict=True)]
+    outputs = [_fed(runner, feed) for runner in (reference, other)]
     shared = [name for name in outputs[0] if name in outputs[1]]
     return [_difference(name, outputs[0][name], outputs[1][name]) for name in shared]
 
 
-def _fed(runner: Runner, path: Path, feed: Feed) -> dict[str, np.ndarray]:
-    """One run, each input cast to what the graph takes."""
-    inputs = onnx.load(path, load_external_data=False).graph.input
-    types = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in inputs}
+def _fed(runner: Runner, feed: Feed) -> dict[str, np.ndarray]:
+    """One run, each input cast to what the runner takes."""
     with runner:
-        return dict(runner.infer({name: feed[name].astype(dtype) for name, dtype in types.items()}))
+        taken = runner.get_input_metadata(use_numpy_dtypes=False)
+        return dict(runner.infer({name: feed[name].astype(taken[name].dtype.numpy()) for name in taken}))
 
 
 def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Difference:
@@ -143,10 +156,12 @@ def _difference(name: str, reference: np.ndarray, found: np.ndarray) -> Differen
     return Difference(tensor=name, error=error if np.isfinite(error) else float("inf"), largest=largest)
 
 
-def _all_outputs(path: Path, marked: Path) -> Path:
+def marked_runner(path: Path, folder: Path) -> Runner:
+    """Runs a graph in onnxruntime with every tensor an output; the copy that is marked lies in `folder`."""
+    _polygraphy()
     from polygraphy import constants
     from polygraphy.backend.onnx import modify_outputs
 
-    model = modify_outputs(onnx.load(path, load_external_data=False), outputs=constants.MARK_ALL)
-    onnx.save(model, marked)
-    return marked
+    marked = folder / f"{path.stem}-layers.onnx"
+    onnx.save(modify_outputs(onnx.load(path, load_external_data=False), outputs=constants.MARK_ALL), marked)
+    return onnxruntime_runner(marked, "onnxruntime")

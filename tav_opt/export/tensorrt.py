@@ -238,7 +238,7 @@ class _Maker:
             path = self.work / f"{name}-{rows}.onnx"
             onnx.save(rounded(self.model(name, rows, self._comparable)), path)
             if self.plan.config.debug_parity:
-                self.say(self._first_departure(graph, path, rows))
+                self.say(self._first_departure(graph, rows, layers.marked_runner(path, self.work)))
             runner = layers.onnxruntime_runner(path, "onnxruntime")
             found[name] = self._checked(graph, runner, parity.feeds(graph, rows))
         return found
@@ -255,14 +255,30 @@ class _Maker:
         parity.check_half(graph.name, results)
         return {runtime: result.error for runtime, result in results.items()}
 
-    def _first_departure(self, graph: Graph, path: Path, rows: int) -> str:
-        """Compares every layer of the fp16 graph with the fp32 one."""
-        reference = self.work / f"{graph.name}-fp32.onnx"
-        source = self.exported / f"{graph.name}.onnx"
-        onnx.save(half.fixed(source, rows, self._comparable), reference)
-        os.link(f"{source}.data", self.work / f"{source.name}.data")
-        found = layers.by_layer(reference, path, parity.feeds(graph, rows, count=1)[0], self.work)
-        return f"{graph.name}: {parity.first_departure(found, parity.HALF_TOLERANCES[graph.name].error)}"
+    def _reference(self, name: str, rows: int) -> layers.Runner:
+        """The fp32 graph in onnxruntime, every tensor an output."""
+        path = self.work / f"{name}-fp32.onnx"
+        source = self.exported / f"{name}.onnx"
+        onnx.save(half.fixed(source, rows, self._comparable), path)
+        data = self.work / f"{source.name}.data"  # where the copy looks for its weights
+        if not data.exists():
+            os.link(f"{source}.data", data)
+        return layers.marked_runner(path, self.work)
+
+    def _first_departure(self, graph: Graph, rows: int, runner: layers.Runner) -> str:
+        """Compares every layer with the fp32 graph's."""
+        (feed,) = parity.feeds(graph, rows, count=1, own=self.plan.config.refit)
+        found = layers.by_layer(self._reference(graph.name, rows), runner, feed)
+        departure = parity.first_departure(found, parity.HALF_TOLERANCES[graph.name].error)
+        return f"{graph.name} at {rows} in {runner.name}: {departure}"
+
+    def _debug_engine(self, name: str, rows: int, card: str) -> layers.Runner:
+        """An engine that gives out every layer; what it gives out it cannot fuse, so it is another than is written."""
+        parsed = self.parsed(name, rows, card)
+        layers.mark_all(parsed, self.model(name, rows))
+        path = self.work / f"debug-{engine_file(name, rows)}"
+        path.write_bytes(builder.build(parsed)[0])
+        return layers.tensorrt_runner(self.plan.library, path)
 
     def make(self, card: str, folder: Path, modules: dict[str, Graph], parities: dict[str, dict[str, float]]) -> None:
         """Builds every engine for a card, and compares it where it runs; the folder has its name when all are good."""
@@ -274,10 +290,15 @@ class _Maker:
                     file = temporary / engine_file(name, rows)
                     file.write_bytes(self._built(name, rows, card))
                     if self.plan.runs_here(card):
-                        runner = layers.tensorrt_runner(self.plan.library, file)
-                        fed = parity.feeds(modules[name], rows, own=self.plan.config.refit)
-                        compared[file.name] = self._checked(modules[name], runner, fed)
+                        compared[file.name] = self._compared(modules[name], rows, card, file)
             write_json(temporary / MANIFEST, self._engines_manifest(card, temporary, parities, compared))
+
+    def _compared(self, graph: Graph, rows: int, card: str, engine: Path) -> dict[str, float]:
+        """An engine on its card against eager PyTorch; raises ParityError."""
+        if self.plan.config.debug_parity:
+            self.say(self._first_departure(graph, rows, self._debug_engine(graph.name, rows, card)))
+        fed = parity.feeds(graph, rows, own=self.plan.config.refit)
+        return self._checked(graph, layers.tensorrt_runner(self.plan.library, engine), fed)
 
     def _built(self, name: str, rows: int, card: str) -> bytes:
         cache = self.exported.parents[1] / "timing" / f"{self.plan.library.target}-{self.plan.library.version}-{card}"
