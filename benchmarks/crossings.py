@@ -108,13 +108,7 @@ def tuned(source: Source, folder: Path, **settings: float) -> Path:
 
 def edit_config(scene: world.Scene, *, inversion: bool = True) -> EditConfig:
     """The demo's settings for an edit."""
-    return EditConfig(
-        prompts=(world.prompt(scene),),
-        steps=DEMO.ddim_steps,
-        inversion_steps=DEMO.ddim_steps,
-        guidance_scale=DEMO.guidance,
-        inversion=inversion,
-    )
+    return replace(DEMO.edit_config(world.prompt(scene)), inversion=inversion)
 
 
 def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> float:

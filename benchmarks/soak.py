@@ -30,12 +30,14 @@ from tav_opt import command
 from tav_opt.client import AsyncClient, ServerError
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_MODEL
-from tav_opt.serving.server import ServeConfig, Server
+from tav_opt.serving.server import ServeConfig, Server, ServerDied
 
 EDITS = tuple(EditConfig(prompts=(f"a {word} thing",), steps=2) for word in ("red", "blue", "old"))
 """What is asked for and compared with its first answer."""
 REST_SECONDS = 5.0
 SAMPLE_SECONDS = 2.0
+LAST_LINES = 60
+"""Of the server's log, shown when it died."""
 SLACK = 2
 """Files, sockets and threads that may differ between two moments of rest: keep-alive and pools come and go."""
 
@@ -105,7 +107,7 @@ class Visitor:
     async def visit(self, ends: float) -> None:
         """Act after act, on a connection that is made anew now and then."""
         acts = (self._edit, self._edit, self._edit, self._cancel, self._deadline, self._nonsense, self._hang_up)
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and self._server.process.poll() is None:
             async with AsyncClient(self._server.grpc_url, retry=ONCE) as client:
                 for act in self._draw.choices(acts, k=5):
                     if time.monotonic() < ends:
@@ -121,6 +123,9 @@ class Visitor:
                 await asyncio.sleep(REFUSED_PAUSE_SECONDS)
         except InputError:
             outcome = "INVALID"
+        except OSError as error:
+            outcome = type(error).__name__
+            await asyncio.sleep(REFUSED_PAUSE_SECONDS)
         self._record.outcomes[f"{name}: {outcome}"] += 1
 
     async def _edit(self, client: AsyncClient) -> None:
@@ -159,11 +164,20 @@ async def _load(server: Server, clip: str, config: Soak, seconds: float, record:
     visitors = [Visitor(server, clip, record, 1000 * seed + number).visit(ends) for number in range(config.clients)]
 
     async def sample() -> None:
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and server.process.poll() is None:
             record.samples.append((time.monotonic(), Usage.of(server)))
             await asyncio.sleep(SAMPLE_SECONDS)
 
     await asyncio.gather(sample(), *visitors)
+    _check_alive(server)
+
+
+def _check_alive(server: Server) -> None:
+    try:
+        server.wait(0)
+    except ServerDied:
+        print(*list(server.log)[-LAST_LINES:], sep="\n", file=sys.stderr)
+        raise
 
 
 def slope(samples: list[tuple[float, Usage]]) -> float:
