@@ -28,7 +28,7 @@ EDITS = ("a tiger on the beach", "a leopard in the snow")
 """Of the package's first clip, a leopard on the beach: another subject, another place."""
 SMALL_LR, SMALL_GUIDANCE = 3e-4, 5.0
 """A leopard into a tiger, its beach into snow: about the subject, the edits moved 1.9 and 1.4 times as much as the
-source at the paper's 3e-5 and a guidance of 7.5; 1.3 and 1.1 times at 3e-4; at a guidance of 4 too, 1.0 and 0.6 times."""
+source at the paper's 3e-5 and a guidance of 7.5, 1.3 and 1.1 times at 3e-4, 1.0 and 0.6 times at 3e-4 and 4."""
 
 Editor = Callable[[EditConfig], np.ndarray]
 """Edits the exported clip → uint8 (prompts, f, H, W, 3)."""
