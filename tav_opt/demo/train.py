@@ -226,7 +226,7 @@ def _record(folder: Path, stage: str, progress: Progress, **measured: Any) -> No
     """Notes how a stage was trained beside its state."""
     file = _record_file(folder)
     record = read_json(file) if file.is_file() else {}
-    record["data"] = {"stills": subjects.STILLS, "animations": subjects.ANIMATIONS, "subjects": "subjects.py"}
+    record["data"] = {"stills": subjects.STILLS, "animations": subjects.ANIMATIONS, "subjects": "emoji.py"}
     record["versions"] = {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
