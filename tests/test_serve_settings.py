@@ -38,9 +38,10 @@ def test_two_instances_edit_at_once_and_one_request_waits(repository, tmp_path):
         Client(run.urls["gRPC"], retry=Retry(attempts=1)) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        running = [client.stream(CLIP, LONG) for _ in range(2)]
-        for stream in running:
-            next(stream)
+        running = []
+        for _ in range(2):  # one after the other: together they would fill the queue before an instance takes one
+            running.append(client.stream(CLIP, LONG))
+            next(running[-1])
         third = pool.submit(client.edit, CLIP, replace(SHORT, inversion_steps=2))
         ends = time.monotonic() + 60
         while f'pending_request_count{{model="{STREAM_MODEL}",version="1"}} 1' not in metrics(run):
