@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tav_opt import video
 from tav_opt.config import InputError
@@ -53,6 +54,16 @@ def test_composed_pictures_know_their_middle() -> None:
         inside = world.SIZE * world.SCALES[1] / 2 < x < world.SIZE * (1 - world.SCALES[1] / 2)
         assert not inside or abs(red[:, 1].mean() - x) < 2
         assert abs(red[:, 0].max() + red[:, 0].min() - 2 * y) < 6
+
+
+def test_the_middle_is_of_what_is_visible() -> None:
+    sprite = Image.new("RGBA", (40, 40))
+    sprite.paste((255, 0, 0, 255), (0, 30, 40, 40))  # flat, at the foot of its square
+    scene = world.Scene(subject="plank", place="white")
+    for seed in range(5):
+        picture, (_, y) = world.compose_at(scene, {"plank": [sprite]}, np.random.default_rng(seed))
+        rows = np.argwhere((picture[..., 0] > 150) & (picture[..., 1] < 90))[:, 0]
+        assert abs(rows.mean() - y) < 2
 
 
 def test_tracks() -> None:

@@ -59,7 +59,7 @@ def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) ->
     """
     side = (world.SIZE + 2 * MARGIN) * FINE
     scenery = background(crossing.place, np.random.default_rng(seed), side)
-    box = _visible(sprites)
+    box = world.visible(*sprites)
     frames, track = [], []
     for index, camera in enumerate(_camera(seed)):
         part = index / (FRAMES - 1)
@@ -79,13 +79,6 @@ def _camera(seed: int) -> np.ndarray:
     """Left and top (f, 2) of what the camera sees: it sways, since nothing else moves about the subject."""
     turns = np.linspace(0, 1, FRAMES)[:, None] * SWAYS + np.random.default_rng((seed, 1)).random(2)
     return np.round((MARGIN + SWAY * np.sin(2 * np.pi * turns)) * FINE).astype(int)
-
-
-def _visible(sprites: list[Image.Image]) -> tuple[int, int, int, int]:
-    """The box of what is visible in any of the sprites."""
-    opaque = np.any([np.asarray(sprite.getchannel("A")) > 16 for sprite in sprites], axis=0)
-    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:

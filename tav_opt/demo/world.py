@@ -94,7 +94,7 @@ def compose(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.
 def compose_at(
     scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """The same picture, and the middle of the subject in pixels, x and y."""
+    """The same picture, and the middle of the visible subject in pixels, x and y."""
     pictures = sprites[scene.subject]
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
@@ -106,8 +106,15 @@ def compose_at(
     x = (SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
     y = (SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
     picture = paste(background(scene.place, rng, SIZE), sprite, round(x), round(y))
-    middle = round(x) + sprite.size[0] / 2, round(y) + sprite.size[1] / 2
-    return apply_style(picture, scene.style), middle
+    left, top, right, bottom = visible(sprite)
+    return apply_style(picture, scene.style), (round(x) + (left + right) / 2, round(y) + (top + bottom) / 2)
+
+
+def visible(*sprites: Image.Image) -> tuple[int, int, int, int]:
+    """The box of what is visible in any of the sprites, which are of one size: left, top, right, bottom."""
+    opaque = np.any([np.asarray(sprite.getchannel("A")) > 16 for sprite in sprites], axis=0)
+    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def fit(sprite: Image.Image, longest: float) -> Image.Image:
