@@ -158,10 +158,6 @@ class AsyncStream(AsyncIterator[Progress]):
         return blamed(error)
 
     async def _end(self) -> None:
-        """Takes the call's status, which is right behind the last answer.
-
-        A call that is cancelled or loses its connection just then leaves an open socket in Triton 2.51, now and then.
-        """
         self._ended.set()
         try:
             await self._call.read()
