@@ -302,6 +302,17 @@ def test_leaving_the_block_cancels(triton):
     assert scripted.left.wait(10)
 
 
+def test_closing_cancels_what_is_in_flight(triton):
+    scripted, url = triton
+    scripted.acts = [[ANSWERS[0], "hang"]]
+    client = Client(url)
+    stream = client.stream("toy", ["x"])
+    assert next(stream).step == 1
+    began = time.monotonic()
+    client.close()
+    assert scripted.left.wait(10) and time.monotonic() - began < 10
+
+
 def test_another_thread_cancels_while_this_one_waits(triton):
     scripted, url = triton
     scripted.acts = [["hang"]]
@@ -497,14 +508,3 @@ def test_files_that_are_none_are_named(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             Client("localhost:1", tls=tls)
-
-
-def test_closing_cancels_what_is_in_flight(triton):
-    scripted, url = triton
-    scripted.acts = [[ANSWERS[0], "hang"]]
-    client = Client(url)
-    stream = client.stream("toy", ["x"])
-    assert next(stream).step == 1
-    began = time.monotonic()
-    client.close()
-    assert scripted.left.wait(10) and time.monotonic() - began < 10
