@@ -99,7 +99,7 @@ def _night(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> No
     _gradient(draw, 0, ground, (8, 10, 40), (40, 46, 100))
     for x, y in rng.uniform(0, (side, ground), (22, 2)):
         draw.ellipse((x, y, x + side / 50, y + side / 50), fill=(250, 250, 220))
-    x, radius = rng.choice((0.16, 0.84)) * side, 0.1 * side
+    x, radius = rng.uniform(0.78, 0.88) * side, 0.1 * side
     draw.ellipse((x - radius, 0.06 * side, x + radius, 0.06 * side + 2 * radius), fill=(250, 240, 190))
     _gradient(draw, ground, side, (26, 30, 50), (12, 14, 26))
 

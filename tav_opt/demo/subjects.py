@@ -19,7 +19,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tav-
 SPRITE_SIZE = 128
 """Longest side in pixels at which sprites are kept: above what any scene needs."""
 
-MOVING = ("leopard", "rabbit", "racing car", "chick")
+MOVING = ("leopard", "rabbit", "horse", "chick")
 """Subjects whose animation is learned too: those of the clips."""
 POSES = 12
 """Frames of each animation that are learned."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.places import PLACES, background
+from tav_opt.demo.subjects import MOVING
 
 SIZE = 64
 """Pixels of a side."""
@@ -25,8 +26,11 @@ STYLES: dict[str, tuple[str, ...]] = {
     "grey": ("black and white", "in black and white"),
 }
 """Each style with the phrases that captions use for it, the usual one first."""
-JUDGED_WEIGHT = 8
-"""How often a judged subject is drawn for each time that another one is."""
+JUDGED_WEIGHT, MOVING_WEIGHT = 8, 24
+"""How often a judged subject, and one of the clips, is drawn for each time that another one is."""
+MIRROR_SHARE = 0.1
+"""Part of the pictures with the subject mirrored: emoji look left, and a small model that saw as many look right drew
+animals with two heads."""
 PLAIN_STYLE_SHARE = 0.6
 """Part of the pictures without a style: subjects are learned from these first."""
 EMPTY_SHARE = 0.1
@@ -52,7 +56,7 @@ def held_out(scene: Scene, subjects: Sequence[str]) -> bool:
 
 def draw_scene(rng: np.random.Generator, subjects: Sequence[str], *, kept_out: bool = False) -> Scene:
     """A random combination: one that may be trained on, or with `kept_out` one that may not."""
-    weights = np.array([JUDGED_WEIGHT if subject in JUDGED else 1 for subject in subjects], float)
+    weights = np.array([_weight(subject) for subject in subjects], float)
     while True:
         plain = rng.random() < PLAIN_STYLE_SHARE
         scene = Scene(
@@ -62,6 +66,10 @@ def draw_scene(rng: np.random.Generator, subjects: Sequence[str], *, kept_out: b
         )
         if held_out(scene, subjects) == kept_out:
             return scene
+
+
+def _weight(subject: str) -> int:
+    return MOVING_WEIGHT if subject in MOVING else JUDGED_WEIGHT if subject in JUDGED else 1
 
 
 def prompt(scene: Scene) -> str:
@@ -99,7 +107,7 @@ def compose_at(
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
     sprite = fit(pictures[pose], rng.uniform(*SCALES) * SIZE)
-    if rng.random() < 0.5:
+    if rng.random() < MIRROR_SHARE:
         sprite = ImageOps.mirror(sprite)
     sprite = sprite.rotate(rng.uniform(-ROTATION, ROTATION), Image.Resampling.BICUBIC, expand=True)
     room = np.maximum(0, SIZE - np.array(sprite.size))
