@@ -35,7 +35,7 @@ EDITS: dict[str, tuple[dict[str, str], ...]] = {
     "rabbit": (
         {"subject": "cat"},
         {"subject": "sheep"},
-        {"place": "meadow"},
+        {"place": "snow"},
         {"place": "night"},
         {"style": "watercolour"},
         {"subject": "pig", "place": "beach"},

@@ -45,10 +45,12 @@ class Crossing:
 
 CLIPS = (
     Crossing(name="leopard", subject="leopard", place="beach", scale=0.62, path=(0.68, 0.32)),
-    Crossing(name="rabbit", subject="rabbit", place="snow", scale=0.6, path=(0.7, 0.3), hops=3),
+    Crossing(name="rabbit", subject="rabbit", place="forest", scale=0.6, path=(0.7, 0.3), hops=3),
     Crossing(name="horse", subject="horse", place="desert", scale=0.64, path=(0.67, 0.33)),
     Crossing(name="chick", subject="chick", place="meadow", scale=0.6, path=(0.68, 0.32), hops=4),
 )
+"""Subject and place differ in brightness: where a white rabbit hopped in the snow is hardly to be read in the inverted
+noise, and its edits stood still (by night the track's correlation was -0.15; 0.99 of the same hops in the forest)."""
 
 
 def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
