@@ -30,6 +30,7 @@ from tav_opt.demo.judge import Judge
 from tav_opt.demo.training import grid, to_images, to_unit
 from tav_opt.demo.vae import psnr
 from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.files import read_json
 
 SEED = 71
 """Of the pictures and prompts, unlike any of training."""
@@ -58,18 +59,24 @@ class Quality:
 def main(config: Quality) -> int:
     """Prints a table a part, keeps figures and sheets; returns the exit status."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    judge, figures = Judge.open(), list[Figure]()
+    judge, figures = Judge.open(), dict[str, list[Figure]]()
     run = {"judge": judge_the_judge, "images": judge_images, "videos": judge_videos}
     for part in config.parts:
-        found = run[part](judge, config)
+        figures[part] = run[part](judge, config)
         print(f"\n### {part}\n\n| figure | measured | goal | met |\n|---|---:|---|---|")
-        print("\n".join(map(str, found)), flush=True)
-        figures += found
+        print("\n".join(map(str, figures[part])), flush=True)
     print(header("\nquality of the package's small model"))
-    content = {"command": " ".join(sys.argv), "machine": machine(), "figures": [vars(figure) for figure in figures]}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
-    return int(not all(figure.met for figure in figures))
+    _keep(figures, config.out)
+    return int(not all(figure.met for found in figures.values() for figure in found))
+
+
+def _keep(figures: dict[str, list[Figure]], out: Path) -> None:
+    """Writes what was measured; the parts that were not stay as they were."""
+    run = {"command": " ".join(sys.argv), "machine": machine()}
+    content = read_json(out) if out.is_file() else {}
+    content |= {part: run | {"figures": [vars(figure) for figure in found]} for part, found in figures.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _share(name: str, value: float, least: float) -> Figure:
@@ -77,11 +84,13 @@ def _share(name: str, value: float, least: float) -> Figure:
 
 
 def _scenes(count: int, rng: np.random.Generator) -> list[world.Scene]:
-    """Held-out scenes of the judged subjects."""
+    """Held-out scenes, as many of each judged subject."""
     names, found = list(subjects.JUDGED | subjects.FURTHER), list[world.Scene]()
-    while len(found) < count:
+    left = dict.fromkeys(subjects.JUDGED, count // len(subjects.JUDGED))
+    while any(left.values()):
         scene = world.draw_scene(rng, names, kept_out=True)
-        if scene.subject in subjects.JUDGED:
+        if left.get(scene.subject, 0):
+            left[scene.subject] -= 1
             found.append(scene)
     return found
 
