@@ -7,6 +7,7 @@ pictures). Exit status 1 where a goal is missed.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -84,10 +85,10 @@ def _share(name: str, value: float, least: float) -> Figure:
 
 
 def _scenes(count: int, rng: np.random.Generator) -> list[world.Scene]:
-    """Held-out scenes, as many of each judged subject."""
+    """Held-out scenes, as many of each judged subject (to within one)."""
     names, found = list(subjects.JUDGED | subjects.FURTHER), list[world.Scene]()
-    left = dict.fromkeys(subjects.JUDGED, count // len(subjects.JUDGED))
-    while any(left.values()):
+    left = dict.fromkeys(subjects.JUDGED, math.ceil(count / len(subjects.JUDGED)))
+    while len(found) < count:
         scene = world.draw_scene(rng, names, kept_out=True)
         if left.get(scene.subject, 0):
             left[scene.subject] -= 1
