@@ -140,7 +140,8 @@ def test_prompts_make_one_batch_and_mp4s_are_of_their_frames(wire, engine):
     assert "frames" not in mp4
     found = np.stack([video.decode(data).frames for data in mp4["video"]]).astype(int)
     expected = [video.decode(video.encode_mp4(edit, 8.0)).frames for edit in frames.last["frames"]]
-    assert abs(found - expected).mean() < 0.5, "threads sum in another order, and H.264 enlarges the last bit"
+    off, swapped = (abs(found - other).mean() for other in (expected, expected[::-1]))
+    assert off < swapped / 16, "threads sum in another order, and H.264 enlarges the last bit"
 
 
 def test_previews_come_as_often_as_asked(wire):
@@ -293,11 +294,14 @@ def test_a_cancelled_unary_call_ends_its_edit(server, wire):
 
 @pytest.mark.parametrize("model", [STREAM_MODEL, UNARY_MODEL])
 def test_a_timeout_stops_an_edit(wire, model):
-    inputs, parameters = raw(to_tensors("first", LONG)), {"timeout": 300_000}
+    inputs = raw(to_tensors("first", LONG))
     ask = wire.ask if model == STREAM_MODEL else lambda *a, **k: wire.infer(model, *a, **k)
-    answer = ask(inputs, parameters=parameters)
+    for seconds in (0.3, 1.2, 4.8):  # on a stalled machine the shorter ones pass before the edit has begun
+        answer = ask(inputs, parameters={"timeout": int(seconds * 1e6)})
+        if answer.status != "UNAVAILABLE":
+            break
     assert answer.status == "CANCELLED", answer
-    assert "timeout of 0.3 s" in answer.message
+    assert f"timeout of {seconds:g} s" in answer.message
 
 
 @pytest.mark.parametrize("model", [STREAM_MODEL, UNARY_MODEL])
