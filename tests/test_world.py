@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 from tav_opt.demo import clips, subjects, world
 from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.demo.judge import frame_difference, outside
-from tav_opt.demo.places import PLACES, background
+from tav_opt.demo.places import ANY_PLAIN, PLACES, background
 from tav_opt.demo.text import new_tokenizer, words
 
 SHAPES = subjects.shapes()
@@ -124,6 +124,24 @@ def test_captions_say_what_is_shown_vary_and_are_sometimes_empty() -> None:
     assert 0.05 < captions.count("") / len(captions) < 0.15
     assert all("elephant" in text for text in captions if text)
     assert {"an elephant", "the elephant in snow, as a pencil sketch"} <= set(captions)
+
+
+def test_some_captions_leave_the_wall_s_colour_or_the_style_open() -> None:
+    rng = np.random.default_rng(0)
+    for scene in (
+        world.Scene(subject="elephant", place="pink", style="grey"),
+        world.Scene(subject="elephant", place="blue", style="pixel"),
+    ):
+        captions = {world.caption(scene, rng) for _ in range(300)}
+        assert f"an elephant {ANY_PLAIN}, {world.ANY_STYLE}" in captions
+    outside = world.Scene(subject="elephant", place="beach", style="plain")
+    captions = {world.caption(outside, rng) for _ in range(300)}
+    assert not any(ANY_PLAIN in text or world.ANY_STYLE in text for text in captions)
+
+
+def test_the_words_have_the_same_numbers_each_time() -> None:
+    vocabularies = [new_tokenizer([*JUDGED, *FURTHER]).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)  # weights are trained on further
 
 
 def test_the_tokenizer_has_one_token_a_word_and_spells_the_rest() -> None:

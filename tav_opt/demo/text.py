@@ -42,7 +42,13 @@ def _merges(known: list[str], alphabet: list[str]) -> list[tuple[str, str]]:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
-        vocab_size=20_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=20_000,
+        min_frequency=1,
+        # Last letters numbered in advance: the trainer meets them in no fixed order, and merges equally often by number.
+        special_tokens=[letter + "</w>" for letter in alphabet],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(known, trainer)
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
