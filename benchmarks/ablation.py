@@ -1,14 +1,17 @@
 """What each part of the method does: `python benchmarks/ablation.py --help` (paper section 4.4, figure 8).
 
 The package's clips are edited in full, without sparse-causal attention (each frame looks at itself only, in tuning
-too), without inversion (from seeded noise), and without tuning. The metrics are the demo's own judge's, never CLIP's.
+too), without inversion (from seeded noise), without both, and without tuning. The metrics are the demo's own judge's,
+never CLIP's.
+
+Prompts are of two kinds. In the demo's world a complete caption leaves one appearance (a tiger is one picture), so
+its frames agree without looking at each other; an open one leaves the wall's colour or the style to the frames.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import tyro
 from common import header, machine
-from crossings import EDITS, Source, edit_config, scores, sources, tuned
+from crossings import EDITS, Source, edit_config, metrics, sources, tuned
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -26,55 +29,71 @@ from tqdm import tqdm
 from tav_opt import command, editing, sheet, video
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
+from tav_opt.demo.places import ANY_PLAIN
 from tav_opt.engines.pytorch import open_checkpoint
 
-VARIANTS = ("full", "without sparse-causal attention", "without inversion", "without tuning")
-UNTUNED = {"steps": 1, "lr": 0.0}
-METRICS = ("frame consistency", "textual alignment", "track", "flicker")
+ALONE, NOISE, UNTUNED = "sparse-causal attention", "inversion", "tuning"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    f"without {ALONE}": (ALONE,),
+    f"without {NOISE}": (NOISE,),
+    f"without {NOISE} and {ALONE}": (NOISE, ALONE),
+    f"without {UNTUNED}": (UNTUNED,),
+}
+"""What each variant lacks. Inverted latents tie the frames too: only without them is the attention alone to do it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
     """Edits of the package's clips by each variant."""
 
-    edits: int = 3
-    """Of each clip: a subject, a place, a style."""
     folder: Path = Path("demo-out/ablation")
     """Tuned clips, sheets and GIFs."""
     out: Path = Path("benchmarks/results/ablation.json")
 
 
 def main(config: Ablation) -> int:
-    """Prints the table, and keeps it with a sheet and a GIF of each clip."""
+    """Prints a table for each kind of prompts, and keeps them with a sheet and a GIF of each clip and kind."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    judge, found = Judge.open(), {variant: list[dict[str, float]]() for variant in VARIANTS}
+    judge, found = Judge.open(), dict[str, dict[str, list[dict[str, float]]]]()
     for source in sources():
-        changes = EDITS[source.name][: 2 * config.edits : 2]  # a subject, a place, a style
-        made = {variant: _edits(source, variant, changes, config.folder) for variant in VARIANTS}
-        for variant, clips in made.items():
-            found[variant] += [scores(judge, f, source, change) for f, change in zip(clips, changes, strict=True)]
-        _show(source, {variant: clips[0] for variant, clips in made.items()}, changes[0], config.folder)
-    rows = {
-        variant: {name: float(np.mean([score[name] for score in of])) for name in METRICS}
-        for variant, of in found.items()
-    }
-    print(header(f"ablation: {len(found['full'])} edits a variant, means"))
-    print(f"\n| variant | {' | '.join(METRICS)} |\n|---|{'---:|' * len(METRICS)}")
-    for variant, row in rows.items():
-        print(f"| {variant} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
-    content = {"command": " ".join(sys.argv), "machine": machine(), "means": rows, "edits": found}
+        for kind, prompts in {"complete": complete(source), "open": left_open(source)}.items():
+            made = {variant: _edits(source, variant, list(prompts), config.folder) for variant in VARIANTS}
+            for variant, clips in made.items():
+                judged = [metrics(judge, f, source, named) for f, named in zip(clips, prompts.values(), strict=True)]
+                found.setdefault(kind, {}).setdefault(variant, []).extend(judged)
+            for index, prompt in enumerate(prompts):
+                shown = {variant: clips[index] for variant, clips in made.items()}
+                _show(source, shown, prompt, config.folder / f"{source.name}-{kind}-{index}")
+    means = {kind: {variant: _mean(of) for variant, of in variants.items()} for kind, variants in found.items()}
+    for kind, rows in means.items():
+        _print(f"ablation: {len(found[kind]['full'])} edits a variant, {kind} captions, means", rows)
+    content = {"command": " ".join(sys.argv), "machine": machine(), "means": means, "edits": found}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
-def _edits(source: Source, variant: str, changes: Sequence[dict[str, str]], folder: Path) -> list[np.ndarray]:
-    """The clip tuned and edited by a variant: uint8 (f, H, W, 3) a change."""
-    alone, untrained = variant == "without sparse-causal attention", variant == "without tuning"
-    name = f"{source.name}-alone" if alone else f"{source.name}-untuned" if untrained else source.name
-    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if alone else nullcontext():
-        engine = open_checkpoint(tuned(source, folder / name, **(UNTUNED if untrained else {})))
-        configs = [edit_config(source.edited(change), inversion=variant != "without inversion") for change in changes]
+def complete(source: Source) -> dict[str, str]:
+    """Prompts that change the subject, the place and the style, each with what the judge looks for."""
+    prompts = [world.prompt(source.edited(change)) for change in EDITS[source.name][:6:2]]
+    return {prompt: prompt for prompt in prompts}
+
+
+def left_open(source: Source) -> dict[str, str]:
+    """Prompts that leave the wall's colour or the style open, each with the part of it that the judge knows."""
+    subject = world.subject_phrase(EDITS[source.name][0]["subject"])
+    return {f"{subject} {ANY_PLAIN}": subject, f"{source.caption}, {world.ANY_STYLE}": source.caption}
+
+
+def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:
+    """The clip tuned and edited by a variant: uint8 (f, H, W, 3) a prompt."""
+    lacks = VARIANTS[variant]
+    name = f"{source.name}-alone" if ALONE in lacks else f"{source.name}-untuned" if UNTUNED in lacks else source.name
+    untrained = {"steps": 1, "lr": 0.0} if UNTUNED in lacks else {}
+    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if ALONE in lacks else nullcontext():
+        engine = open_checkpoint(tuned(source, folder / name, **untrained))
+        configs = [edit_config(prompt, inversion=NOISE not in lacks) for prompt in prompts]
         return [editing.edit(engine, c)[0] for c in tqdm(configs, desc=f"{source.name} {variant}", disable=None)]
 
 
@@ -84,11 +103,23 @@ def each_frame_alone(q: Tensor, k: Tensor, v: Tensor, _frames: int, heads: int) 
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _show(source: Source, made: dict[str, np.ndarray], change: dict[str, str], folder: Path) -> None:
+def _mean(judged: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([figures[name] for figures in judged])) for name in judged[0]}
+
+
+def _print(title: str, rows: dict[str, dict[str, float]]) -> None:
+    names = next(iter(rows.values()))
+    print(header(title))
+    print(f"\n| variant | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
+    for variant, row in rows.items():
+        print(f"| {variant} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
+
+
+def _show(source: Source, made: dict[str, np.ndarray], prompt: str, file: Path) -> None:
     clips, captions = [source.clip.frames, *made.values()], [source.caption, *made]
-    captions[1] = f"full: {world.prompt(source.edited(change))}"
-    Image.fromarray(sheet.contact_sheet(clips, captions)).save(folder / f"{source.name}.png")
-    video.write(folder / f"{source.name}.gif", sheet.side_by_side(clips, captions), source.clip.fps)
+    captions[1] = f"full: {prompt}"
+    Image.fromarray(sheet.contact_sheet(clips, captions)).save(file.with_suffix(".png"))
+    video.write(file.with_suffix(".gif"), sheet.side_by_side(clips, captions), source.clip.fps)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,9 @@ def tuned(source: Source, folder: Path, **settings: float) -> Path:
     return folder
 
 
-def edit_config(scene: world.Scene, *, inversion: bool = True) -> EditConfig:
+def edit_config(prompt: str, *, inversion: bool = True) -> EditConfig:
     """The demo's settings for an edit."""
-    return replace(DEMO.edit_config(world.prompt(scene)), inversion=inversion)
+    return replace(DEMO.edit_config(prompt), inversion=inversion)
 
 
 def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> float:
@@ -123,14 +123,21 @@ def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[
 NAMES = {"subject": list(JUDGED), "place": list(PLACES), "style": list(world.STYLES)[1:]}
 
 
+def metrics(judge: Judge, frames: np.ndarray, source: Source, prompt: str) -> dict[str, float]:
+    """The paper's metrics (section 4.2) and two of the motion, of one edit."""
+    return {
+        "frame consistency": judge.frame_consistency(frames),
+        "textual alignment": judge.textual_alignment(frames, prompt),
+        "track": track_correlation(judge.track(frames), source.track),
+        "flicker": frame_difference(frames) - frame_difference(source.clip.frames),
+    }
+
+
 def scores(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> dict[str, float]:
-    """The figures of one edit."""
+    """Whether an edit shows what was asked for, its metrics, and how still it is around the subject."""
     own = frame_difference(source.clip.frames, source.around)
     return {
         "right frames": right_frames(judge, frames, source, change),
-        "frame consistency": judge.frame_consistency(frames),
-        "textual alignment": judge.textual_alignment(frames, world.prompt(source.edited(change))),
-        "track": track_correlation(judge.track(frames), source.track),
-        "flicker": frame_difference(frames) - frame_difference(source.clip.frames),
+        **metrics(judge, frames, source, world.prompt(source.edited(change))),
         "unrest around": frame_difference(frames, source.around) / own,
     }

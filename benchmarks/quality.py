@@ -165,11 +165,11 @@ def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
         engine = open_checkpoint(folder)
         rows, captions = [source.clip.frames], [source.caption]
         for change in tqdm(EDITS[source.name], desc=source.name, leave=False, disable=None):
-            scene = source.edited(change)
-            frames = editing.edit(engine, edit_config(scene))[0]
+            prompt = world.prompt(source.edited(change))
+            frames = editing.edit(engine, edit_config(prompt))[0]
             found.append(scores(judge, frames, source, change))
             rows.append(frames)
-            captions.append(world.prompt(scene))
+            captions.append(prompt)
             print(
                 f"{captions[-1]}: " + ", ".join(f"{name} {value:.2f}" for name, value in found[-1].items()), flush=True
             )

@@ -44,7 +44,7 @@ def _merges(known: list[str], alphabet: list[str]) -> list[tuple[str, str]]:
     trainer = trainers.BpeTrainer(
         vocab_size=20_000,
         min_frequency=1,
-        # Last letters numbered in advance: the trainer meets them in no fixed order, and merges equally often by number.
+        # Last letters numbered in advance: the trainer meets them in no fixed order, and settles ties by number.
         special_tokens=[letter + "</w>" for letter in alphabet],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
