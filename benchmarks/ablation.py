@@ -5,7 +5,7 @@ too), without inversion (from seeded noise), without both, and without tuning. T
 never CLIP's.
 
 Prompts are of two kinds. In the demo's world a complete caption leaves one appearance (a tiger is one picture), so
-its frames agree without looking at each other; an open one leaves the wall's colour or the style to the frames.
+its frames agree without looking at each other; an open one leaves the wall's colour to the frames.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def complete(source: Source) -> dict[str, str]:
 
 
 def left_open(source: Source) -> dict[str, str]:
-    """Prompts that leave the wall's colour or the style open, each with the part of it that the judge knows."""
-    subject = world.subject_phrase(EDITS[source.name][0]["subject"])
-    return {f"{subject} {ANY_PLAIN}": subject, f"{source.caption}, {world.ANY_STYLE}": source.caption}
+    """Prompts that leave the colour of a wall open, each with the part of it that the judge's text tower knows."""
+    changed = [change["subject"] for change in EDITS[source.name][:2]]
+    subjects = [world.subject_phrase(name) for name in (source.scene.subject, *changed)]
+    return {f"{subject} {ANY_PLAIN}": subject for subject in subjects}
 
 
 def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:

@@ -18,14 +18,12 @@ SCALES = (0.58, 0.9)
 """Longest side of the subject as a part of the picture's."""
 ROTATION = 8.0
 """Degrees to either side."""
-ANY_STYLE = "as art"
-"""A phrase that leaves the style open."""
 STYLES: dict[str, tuple[str, ...]] = {
     "plain": ("",),
-    "sketch": ("pencil sketch", "as a pencil sketch", ANY_STYLE),
-    "pixel": ("pixel art", "as pixel art", ANY_STYLE),
-    "watercolour": ("watercolour painting", "as a watercolour", ANY_STYLE),
-    "grey": ("black and white", "in black and white", ANY_STYLE),
+    "sketch": ("pencil sketch", "as a pencil sketch"),
+    "pixel": ("pixel art", "as pixel art"),
+    "watercolour": ("watercolour painting", "as a watercolour"),
+    "grey": ("black and white", "in black and white"),
 }
 """Each style with the phrases that captions use for it, the usual one first."""
 JUDGED_WEIGHT, MOVING_WEIGHT = 8, 24
