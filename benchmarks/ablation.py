@@ -5,7 +5,7 @@ too), without inversion (from seeded noise), without both, and without tuning. T
 never CLIP's.
 
 Prompts are of two kinds. In the demo's world a complete caption leaves one appearance (a tiger is one picture), so
-its frames agree without looking at each other; an open one leaves the wall's colour to the frames.
+its frames agree without looking at each other; an open one leaves the place to the frames.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from tav_opt import command, editing, sheet, video
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
-from tav_opt.demo.places import ANY_PLAIN
 from tav_opt.engines.pytorch import open_checkpoint
 
 ALONE, NOISE, UNTUNED = "sparse-causal attention", "inversion", "tuning"
@@ -58,9 +57,9 @@ def main(config: Ablation) -> int:
     judge, found = Judge.open(), dict[str, dict[str, list[dict[str, float]]]]()
     for source in sources():
         for kind, prompts in {"complete": complete(source), "open": left_open(source)}.items():
-            made = {variant: _edits(source, variant, list(prompts), config.folder) for variant in VARIANTS}
+            made = {variant: _edits(source, variant, prompts, config.folder) for variant in VARIANTS}
             for variant, clips in made.items():
-                judged = [metrics(judge, f, source, named) for f, named in zip(clips, prompts.values(), strict=True)]
+                judged = [metrics(judge, frames, source, prompt) for frames, prompt in zip(clips, prompts, strict=True)]
                 found.setdefault(kind, {}).setdefault(variant, []).extend(judged)
             for index, prompt in enumerate(prompts):
                 shown = {variant: clips[index] for variant, clips in made.items()}
@@ -74,17 +73,14 @@ def main(config: Ablation) -> int:
     return 0
 
 
-def complete(source: Source) -> dict[str, str]:
-    """Prompts that change the subject, the place and the style, each with what the judge looks for."""
-    prompts = [world.prompt(source.edited(change)) for change in EDITS[source.name][:6:2]]
-    return {prompt: prompt for prompt in prompts}
+def complete(source: Source) -> list[str]:
+    """Prompts that change the subject, the place and the style."""
+    return [world.prompt(source.edited(change)) for change in EDITS[source.name][:6:2]]
 
 
-def left_open(source: Source) -> dict[str, str]:
-    """Prompts that leave the colour of a wall open, each with the part of it that the judge's text tower knows."""
-    changed = [change["subject"] for change in EDITS[source.name][:2]]
-    subjects = [world.subject_phrase(name) for name in (source.scene.subject, *changed)]
-    return {f"{subject} {ANY_PLAIN}": subject for subject in subjects}
+def left_open(source: Source) -> list[str]:
+    """Prompts that name a subject, the source's own and another, and leave the place open."""
+    return [world.subject_phrase(name) for name in (source.scene.subject, EDITS[source.name][0]["subject"])]
 
 
 def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 from tav_opt.demo import clips, subjects, world
 from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.demo.judge import frame_difference, outside
-from tav_opt.demo.places import ANY_PLAIN, PLACES, PLAIN, background
+from tav_opt.demo.places import PLACES, background
 from tav_opt.demo.text import new_tokenizer, words
 
 SHAPES = subjects.shapes()
@@ -124,15 +124,6 @@ def test_captions_say_what_is_shown_vary_and_are_sometimes_empty() -> None:
     assert 0.05 < captions.count("") / len(captions) < 0.15
     assert all("elephant" in text for text in captions if text)
     assert {"an elephant", "the elephant in snow, as a pencil sketch"} <= set(captions)
-
-
-def test_some_captions_leave_the_colour_of_the_wall_open() -> None:
-    rng = np.random.default_rng(0)
-    for place in PLAIN:
-        captions = {world.caption(world.Scene(subject="elephant", place=place), rng) for _ in range(300)}
-        assert {f"an elephant {ANY_PLAIN}", f"an elephant on a {place} background"} <= captions
-    captions = {world.caption(world.Scene(subject="elephant", place="beach"), rng) for _ in range(300)}
-    assert not any(ANY_PLAIN in text for text in captions)
 
 
 def test_the_words_have_the_same_numbers_each_time() -> None:

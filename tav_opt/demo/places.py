@@ -135,9 +135,7 @@ def _meadow(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> N
     _gradient(draw, ground, side, (126, 206, 80), (64, 150, 50))
 
 
-ANY_PLAIN = "in front of a wall"
-"""A phrase that leaves the colour open."""
-PLACES: dict[str, tuple[str, ...]] = {
+PLACES: dict[str, tuple[str, str]] = {
     "beach": ("on the beach", "at the beach"),
     "snow": ("in the snow", "in snow"),
     "sunset": ("at sunset", "in front of a sunset"),
@@ -146,7 +144,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "city": ("in the city", "in a city street"),
     "desert": ("in the desert", "in a desert"),
     "meadow": ("on a meadow", "on the grass"),
-} | {name: (f"on a {name} background", f"in front of a {name} wall", ANY_PLAIN) for name in PLAIN}
+} | {name: (f"on a {name} background", f"in front of a {name} wall") for name in PLAIN}
 """Each place with the phrases that captions use for it, the usual one first."""
 
 DRAW: dict[str, Draw] = {
