@@ -31,13 +31,13 @@ from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.engines.pytorch import open_checkpoint
 
-ALONE, NOISE, UNTUNED = "sparse-causal attention", "inversion", "tuning"
+ATTENTION, INVERSION, TUNING = "sparse-causal attention", "inversion", "tuning"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "full": (),
-    f"without {ALONE}": (ALONE,),
-    f"without {NOISE}": (NOISE,),
-    f"without {NOISE} and {ALONE}": (NOISE, ALONE),
-    f"without {UNTUNED}": (UNTUNED,),
+    f"without {ATTENTION}": (ATTENTION,),
+    f"without {INVERSION}": (INVERSION,),
+    f"without {INVERSION} and {ATTENTION}": (INVERSION, ATTENTION),
+    f"without {TUNING}": (TUNING,),
 }
 """What each variant lacks. Inverted latents tie the frames too: only without them is the attention alone to do it."""
 
@@ -52,7 +52,7 @@ class Ablation:
 
 
 def main(config: Ablation) -> int:
-    """Prints a table for each kind of prompts, and keeps them with a sheet and a GIF of each clip and kind."""
+    """Prints a table for each kind of prompts, and keeps them with a sheet and a GIF of each edit."""
     config.folder.mkdir(parents=True, exist_ok=True)
     judge, found = Judge.open(), dict[str, dict[str, list[dict[str, float]]]]()
     for source in sources():
@@ -86,11 +86,11 @@ def left_open(source: Source) -> list[str]:
 def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:
     """The clip tuned and edited by a variant: uint8 (f, H, W, 3) a prompt."""
     lacks = VARIANTS[variant]
-    name = f"{source.name}-alone" if ALONE in lacks else f"{source.name}-untuned" if UNTUNED in lacks else source.name
-    untrained = {"steps": 1, "lr": 0.0} if UNTUNED in lacks else {}
-    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if ALONE in lacks else nullcontext():
+    name = f"{source.name}-alone" if ATTENTION in lacks else f"{source.name}-untuned" if TUNING in lacks else source.name
+    untrained = {"steps": 1, "lr": 0.0} if TUNING in lacks else {}
+    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if ATTENTION in lacks else nullcontext():
         engine = open_checkpoint(tuned(source, folder / name, **untrained))
-        configs = [edit_config(prompt, inversion=NOISE not in lacks) for prompt in prompts]
+        configs = [edit_config(prompt, inversion=INVERSION not in lacks) for prompt in prompts]
         return [editing.edit(engine, c)[0] for c in tqdm(configs, desc=f"{source.name} {variant}", disable=None)]
 
 

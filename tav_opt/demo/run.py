@@ -29,8 +29,8 @@ EDITS = ("a tiger on the beach", "a leopard in the snow")
 SMALL_LR, SMALL_GUIDANCE = 1e-3, 2.5
 """Of 24 edits (benchmarks/crossings.py) after 150 steps the subjects' tracks correlated with the source's by 0.85 at a
 guidance of 3 and 0.87 at 2, and 94 and 92 % of the frames were right; after 200 steps, with another clip of the rabbit,
-by 0.91 at 2.5, and 95 %. With earlier weights, at a guidance of 3, the
-leopard's tracks were 0.85 at 3e-4 and 0.88 at 1e-3; the rabbit's at 3e-3 were worse again."""
+by 0.91 at 2.5, and 95 %. With earlier weights, at a guidance of 3, the leopard's tracks were 0.85 at 3e-4 and 0.88 at
+1e-3; the rabbit's at 3e-3 were worse again."""
 
 Editor = Callable[[EditConfig], np.ndarray]
 """Edits the exported clip → uint8 (prompts, f, H, W, 3)."""
