@@ -86,10 +86,10 @@ def left_open(source: Source) -> list[str]:
 def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:
     """The clip tuned and edited by a variant: uint8 (f, H, W, 3) a prompt."""
     lacks = VARIANTS[variant]
-    name = f"{source.name}-alone" if ATTENTION in lacks else f"{source.name}-untuned" if TUNING in lacks else source.name
+    suffix = "-alone" if ATTENTION in lacks else "-untuned" if TUNING in lacks else ""
     untrained = {"steps": 1, "lr": 0.0} if TUNING in lacks else {}
     with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if ATTENTION in lacks else nullcontext():
-        engine = open_checkpoint(tuned(source, folder / name, **untrained))
+        engine = open_checkpoint(tuned(source, folder / f"{source.name}{suffix}", **untrained))
         configs = [edit_config(prompt, inversion=INVERSION not in lacks) for prompt in prompts]
         return [editing.edit(engine, c)[0] for c in tqdm(configs, desc=f"{source.name} {variant}", disable=None)]
 
