@@ -1,11 +1,11 @@
 """What each part of the method does: `python benchmarks/ablation.py --help` (paper section 4.4, figure 8).
 
 The package's clips are edited in full, without sparse-causal attention (each frame looks at itself only, in tuning
-too), without inversion (from seeded noise), without both, and without tuning. The metrics are the demo's own judge's,
-never CLIP's.
+too), without inversion (from seeded noise), and without tuning. The metrics are the demo's own judge's, never CLIP's.
 
-Prompts are of two kinds. In the demo's world a complete caption leaves one appearance (a tiger is one picture), so
-its frames agree without looking at each other; an open one leaves the place to the frames.
+Edits are of two kinds. In the demo's world a complete prompt leaves one appearance (a tiger is one picture), so its
+frames agree without looking at each other. An open one leaves the place to the frames, as any prompt leaves much to a
+large model; the negative prompt and the guidance keep the inverted latents from settling it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import tyro
 from common import header, machine
-from crossings import EDITS, Source, edit_config, metrics, sources, tuned
+from crossings import DEMO, EDITS, Source, metrics, sources, tuned
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from tav_opt import command, editing, sheet, video
+from tav_opt.config import EditConfig
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
+from tav_opt.demo.places import PLACES
 from tav_opt.engines.pytorch import open_checkpoint
 
-ATTENTION, INVERSION, TUNING = "sparse-causal attention", "inversion", "tuning"
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    f"without {ATTENTION}": (ATTENTION,),
-    f"without {INVERSION}": (INVERSION,),
-    f"without {INVERSION} and {ATTENTION}": (INVERSION, ATTENTION),
-    f"without {TUNING}": (TUNING,),
-}
-"""What each variant lacks. Inverted latents tie the frames too: only without them is the attention alone to do it."""
+VARIANTS = ("full", "without sparse-causal attention", "without inversion", "without tuning")
+FULL, ALONE, FROM_NOISE, UNTUNED = VARIANTS
+OPEN_GUIDANCE = 5.0
+"""That of pictures from text (benchmarks/quality.py): at the demo's the inverted latents keep the source's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,41 +53,42 @@ def main(config: Ablation) -> int:
     config.folder.mkdir(parents=True, exist_ok=True)
     judge, found = Judge.open(), dict[str, dict[str, list[dict[str, float]]]]()
     for source in sources():
-        for kind, prompts in {"complete": complete(source), "open": left_open(source)}.items():
-            made = {variant: _edits(source, variant, prompts, config.folder) for variant in VARIANTS}
+        for kind, edits in {"complete": complete(source), "open": left_open(source)}.items():
+            made = {variant: _edits(source, variant, edits, config.folder) for variant in VARIANTS}
             for variant, clips in made.items():
-                judged = [metrics(judge, frames, source, prompt) for frames, prompt in zip(clips, prompts, strict=True)]
+                judged = [metrics(judge, clip, source, *edit.prompts) for clip, edit in zip(clips, edits, strict=True)]
                 found.setdefault(kind, {}).setdefault(variant, []).extend(judged)
-            for index, prompt in enumerate(prompts):
+            for index, edit in enumerate(edits):
                 shown = {variant: clips[index] for variant, clips in made.items()}
-                _show(source, shown, prompt, config.folder / f"{source.name}-{kind}-{index}")
+                _show(source, shown, edit, config.folder / f"{source.name}-{kind}-{index}")
     means = {kind: {variant: _mean(of) for variant, of in variants.items()} for kind, variants in found.items()}
     for kind, rows in means.items():
-        _print(f"ablation: {len(found[kind]['full'])} edits a variant, {kind} captions, means", rows)
+        _print(f"ablation: {len(found[kind][FULL])} edits a variant, {kind} prompts, means", rows)
     content = {"command": " ".join(sys.argv), "machine": machine(), "means": means, "edits": found}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
-def complete(source: Source) -> list[str]:
-    """Prompts that change the subject, the place and the style."""
-    return [world.prompt(source.edited(change)) for change in EDITS[source.name][:6:2]]
+def complete(source: Source) -> list[EditConfig]:
+    """The demo's edits of the subject, the place and the style."""
+    return [DEMO.edit_config(world.prompt(source.edited(change))) for change in EDITS[source.name][:6:2]]
 
 
-def left_open(source: Source) -> list[str]:
-    """Prompts that name a subject, the source's own and another, and leave the place open."""
-    return [world.subject_phrase(name) for name in (source.scene.subject, EDITS[source.name][0]["subject"])]
+def left_open(source: Source) -> list[EditConfig]:
+    """Edits to a subject, the source's own and another, in any place but the source's."""
+    away = {"negative_prompt": PLACES[source.scene.place][0], "guidance_scale": OPEN_GUIDANCE}
+    subjects = (source.scene.subject, EDITS[source.name][0]["subject"])
+    return [replace(DEMO.edit_config(world.subject_phrase(name)), **away) for name in subjects]
 
 
-def _edits(source: Source, variant: str, prompts: list[str], folder: Path) -> list[np.ndarray]:
-    """The clip tuned and edited by a variant: uint8 (f, H, W, 3) a prompt."""
-    lacks = VARIANTS[variant]
-    suffix = "-alone" if ATTENTION in lacks else "-untuned" if TUNING in lacks else ""
-    untrained = {"steps": 1, "lr": 0.0} if TUNING in lacks else {}
-    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if ATTENTION in lacks else nullcontext():
+def _edits(source: Source, variant: str, edits: list[EditConfig], folder: Path) -> list[np.ndarray]:
+    """The clip tuned and edited by a variant: uint8 (f, H, W, 3) an edit."""
+    suffix = {ALONE: "-alone", UNTUNED: "-untuned"}.get(variant, "")
+    untrained = {"steps": 1, "lr": 0.0} if variant == UNTUNED else {}
+    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if variant == ALONE else nullcontext():
         engine = open_checkpoint(tuned(source, folder / f"{source.name}{suffix}", **untrained))
-        configs = [edit_config(prompt, inversion=INVERSION not in lacks) for prompt in prompts]
+        configs = [replace(edit, inversion=variant != FROM_NOISE) for edit in edits]
         return [editing.edit(engine, c)[0] for c in tqdm(configs, desc=f"{source.name} {variant}", disable=None)]
 
 
@@ -112,9 +110,9 @@ def _print(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"| {variant} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
 
 
-def _show(source: Source, made: dict[str, np.ndarray], prompt: str, file: Path) -> None:
+def _show(source: Source, made: dict[str, np.ndarray], edit: EditConfig, file: Path) -> None:
     clips, captions = [source.clip.frames, *made.values()], [source.caption, *made]
-    captions[1] = f"full: {prompt}"
+    captions[1] = f"full: {edit.prompts[0]}" + (f", not {edit.negative_prompt}" if edit.negative_prompt else "")
     Image.fromarray(sheet.contact_sheet(clips, captions)).save(file.with_suffix(".png"))
     video.write(file.with_suffix(".gif"), sheet.side_by_side(clips, captions), source.clip.fps)
 

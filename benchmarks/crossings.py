@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from tav_opt import checkpoint, models, tuning, video
-from tav_opt.config import EditConfig
 from tav_opt.demo import world
 from tav_opt.demo.dual_encoder import phrase_of
 from tav_opt.demo.emoji import JUDGED
@@ -104,11 +103,6 @@ def tuned(source: Source, folder: Path, **settings: float) -> Path:
     if not checkpoint.is_checkpoint(folder):
         tuning.tune(str(PACKAGE / "model"), source.clip, source.caption, replace(DEMO.train, **settings), folder)
     return folder
-
-
-def edit_config(prompt: str, *, inversion: bool = True) -> EditConfig:
-    """The demo's settings for an edit."""
-    return replace(DEMO.edit_config(prompt), inversion=inversion)
 
 
 def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from common import Figure, header, machine
-from crossings import EDITS, NAMES, PACKAGE, edit_config, scores, sources, tuned
+from crossings import DEMO, EDITS, NAMES, PACKAGE, scores, sources, tuned
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
@@ -166,7 +166,7 @@ def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
         rows, captions = [source.clip.frames], [source.caption]
         for change in tqdm(EDITS[source.name], desc=source.name, leave=False, disable=None):
             prompt = world.prompt(source.edited(change))
-            frames = editing.edit(engine, edit_config(prompt))[0]
+            frames = editing.edit(engine, DEMO.edit_config(prompt))[0]
             found.append(scores(judge, frames, source, change))
             rows.append(frames)
             captions.append(prompt)
