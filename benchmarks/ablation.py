@@ -10,7 +10,6 @@ large model; the negative prompt and the guidance keep the inverted latents from
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.demo.places import PLACES
 from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.files import write_json
 
 VARIANTS = ("full", "without sparse-causal attention", "without inversion", "without tuning")
 FULL, ALONE, FROM_NOISE, UNTUNED = VARIANTS
@@ -56,7 +56,7 @@ def main(config: Ablation) -> int:
         for kind, edits in {"complete": complete(source), "open": left_open(source)}.items():
             made = {variant: _edits(source, variant, edits, config.folder) for variant in VARIANTS}
             for variant, clips in made.items():
-                judged = [metrics(judge, clip, source, *edit.prompts) for clip, edit in zip(clips, edits, strict=True)]
+                judged = [metrics(judge, f, source, edit.prompts[0]) for f, edit in zip(clips, edits, strict=True)]
                 found.setdefault(kind, {}).setdefault(variant, []).extend(judged)
             for index, edit in enumerate(edits):
                 shown = {variant: clips[index] for variant, clips in made.items()}
@@ -65,14 +65,13 @@ def main(config: Ablation) -> int:
     for kind, rows in means.items():
         _print(f"ablation: {len(found[kind][FULL])} edits a variant, {kind} prompts, means", rows)
     content = {"command": " ".join(sys.argv), "machine": machine(), "means": means, "edits": found}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(config.out, content)
     return 0
 
 
 def complete(source: Source) -> list[EditConfig]:
     """The demo's edits of the subject, the place and the style."""
-    return [DEMO.edit_config(world.prompt(source.edited(change))) for change in EDITS[source.name][:6:2]]
+    return [DEMO.edit_config(world.prompt(source.edited(change))) for change in EDITS[source.name][::2]]
 
 
 def left_open(source: Source) -> list[EditConfig]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from presets import prepare
 
 from tav_opt import checkpoint, clips, command
 from tav_opt.engines.onnxruntime import OnnxBase, OnnxEngine
+from tav_opt.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,7 @@ def main(config: Clips) -> int:
         rows = _measure(config, Path(folder))
     print(header(f"{config.count} clips on one base, {config.preset}, {config.frames} frames"))
     print(*(f"- {name}: {value}" for name, value in rows.items()), sep="\n")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"machine": machine(), "measured": rows}, indent=2) + "\n")
+    write_json(config.out, {"machine": machine(), "measured": rows})
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import platform
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tav_opt.files import write_json
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def header(what: str) -> str:
 
 def save(path: Path, what: dict[str, Any], results: dict[str, Sequence[Timing]], quality: dict[str, Any]) -> None:
     """The figures as JSON: what was asked for, the machine, the parity found first, and the timings in seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     timings = {engine: [asdict(t) for t in found] for engine, found in results.items()}
     content = {"what": what, "machine": machine(), "quality": quality, "seconds": timings}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(path, content)

@@ -6,7 +6,6 @@ steps would give the clip back (paper section 3.3).
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tyro.conf import Positional
 
 from tav_opt import command, ddim
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
+from tav_opt.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,8 @@ def main(config: Inversion) -> int:
     print("\n| steps | error of latents, relative | PSNR of frames dB |\n|---:|---:|---:|")
     for row in rows:
         print(f"| {row['steps']} | {row['error']:.4f} | {row['psnr']:.1f} |")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": " ".join(sys.argv), "machine": machine(), "rows": rows}
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(config.out, content)
     return 0
 
 

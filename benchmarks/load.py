@@ -7,7 +7,6 @@ this process; if its frames are wrong, nothing is timed and the exit status is 1
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from traffic import closed_load, exported, jain_index, open_load, overtaken, sum
 
 from tav_opt import command
 from tav_opt.config import EditConfig, InputError
+from tav_opt.files import write_json
 from tav_opt.serving.server import ServeConfig, Server
 
 
@@ -92,8 +92,7 @@ def _report(config: Load, edit: EditConfig, figures: list[Figure], loads: dict[s
         "against this process": [vars(figure) for figure in figures],
         "loads": loads,
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(config.out, content)
     print(f"\n{config.out}")
     return 0
 

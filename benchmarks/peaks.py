@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from tav_opt import command, editing, memory, tuning
 from tav_opt.checkpoint import load
 from tav_opt.config import EditConfig, TrainConfig
 from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.files import write_json
 from tav_opt.video import Clip
 
 
@@ -67,9 +67,8 @@ def main(config: Peaks) -> int:
             f"| {row['preset']} | {row['action']} | {row['frames']} | {row['size']}² "
             f"| {row['estimated'] / 2**30:.2f} | {row['peak'] / 2**30:.2f} |"
         )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": " ".join(sys.argv), "machine": machine(), "bytes": rows}
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(config.out, content)
     return 0
 
 

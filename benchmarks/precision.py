@@ -6,7 +6,6 @@ an operator is taken apart into steps that are rounded one by one, as a compiler
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from tav_opt.contract import ClipInfo
 from tav_opt.engines.onnxruntime import OnnxEngine, open_clip, session
 from tav_opt.export import half, layers, repository
 from tav_opt.export.rounding import rounded
-from tav_opt.files import read_json
+from tav_opt.files import read_json, write_json
 
 NORMS, SOFTMAX, SINUSOID = ("InstanceNormalization",), ("Softmax",), ("Sin", "Cos")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -189,8 +188,7 @@ def main(config: Precision) -> int:
     print("|---|---|---:|---:|---:|")
     for name, row in rows.items():
         print(f"| {name} | {row['layer']} | {row['worst']:.1e} | {row['noise']:.1e} | {row['psnr']:.1f} |")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"what": what, "machine": machine(), "rows": rows}, indent=2) + "\n")
+    write_json(config.out, {"what": what, "machine": machine(), "rows": rows})
     return 0
 
 

@@ -6,7 +6,6 @@ pictures). Exit status 1 where a goal is missed.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ from tav_opt.demo.judge import Judge
 from tav_opt.demo.training import grid, to_images, to_unit
 from tav_opt.demo.vae import psnr
 from tav_opt.engines.pytorch import open_checkpoint
-from tav_opt.files import read_json
+from tav_opt.files import read_json, write_json
 
 SEED = 71
 """Of the pictures and prompts, unlike any of training."""
@@ -76,8 +75,7 @@ def _keep(figures: dict[str, list[Figure]], out: Path) -> None:
     run = {"command": " ".join(sys.argv), "machine": machine()}
     content = read_json(out) if out.is_file() else {}
     content |= {part: run | {"figures": [vars(figure) for figure in found]} for part, found in figures.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(out, content)
 
 
 def _share(name: str, value: float, least: float) -> Figure:

@@ -30,6 +30,7 @@ from tav_opt import command
 from tav_opt.client import AsyncClient, ServerError
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_MODEL
+from tav_opt.files import write_json
 from tav_opt.serving.server import ServeConfig, Server, ServerDied
 
 EDITS = tuple(EditConfig(prompts=(f"a {word} thing",), steps=2) for word in ("red", "blue", "old"))
@@ -256,8 +257,7 @@ def _report(config: Soak, record: Record, rests: tuple[Usage, Usage], growth: fl
         "outcomes": record.outcomes,
         "faults": found,
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(config.out, content)
     print("\n".join(found) if found else "nothing grew, leaked or went wrong")
 
 

@@ -5,7 +5,6 @@ Scores, weights and output are fp16 every time, as in the graph; products with t
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from common import header, machine
 from torch import Tensor
 
 from tav_opt import command
+from tav_opt.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,8 @@ def main(config: Softmax) -> int:
     print("|---|" + "---:|" * len(config.spreads))
     for name, errors in rows.items():
         print(f"| {name} |" + "".join(f" {error:.1e} |" for error in errors))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     what = {"keys": config.keys, "width": config.width, "spreads": config.spreads}
-    config.out.write_text(json.dumps({"what": what, "machine": machine(), "errors": rows}, indent=2) + "\n")
+    write_json(config.out, {"what": what, "machine": machine(), "errors": rows})
     return 0
 
 
