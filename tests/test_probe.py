@@ -66,12 +66,12 @@ def ask(monkeypatch):
     monkeypatch.setattr(probing.time, "sleep", lambda _seconds: None)
     servers = []
 
-    def asked(*args, timeout_s: float = 5.0, **kwargs):
+    def asked(*args, timeout_s: float = 5.0, http_url: str | None = None, metrics_url: str | None = None, **kwargs):
         server = Scripted(*args, **kwargs)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        return probe(url, f"{url}/metrics", timeout_s=timeout_s), server.asked
+        return probe(http_url or url, metrics_url or f"{url}/metrics", timeout_s=timeout_s), server.asked
 
     yield asked
     for server in servers:
@@ -129,7 +129,8 @@ def test_waiting_requests_that_fail_one_by_one_are_a_dead_worker(ask):
     assert "2 waiting requests failed" in health.reason
 
 
-def test_where_nothing_answers_nothing_lives():
-    health = probe("http://127.0.0.1:9", "http://127.0.0.1:9/metrics")
-    assert health.state == "dead"
-    assert "nothing answers at http://127.0.0.1:9" in health.reason
+@pytest.mark.parametrize("mute", ["http", "metrics"])
+def test_where_nothing_answers_nothing_lives(ask, mute):
+    health, asked = ask([page()], **{f"{mute}_url": "http://127.0.0.1:9/mute"})
+    assert (health.state, asked) == ("dead", [])
+    assert "nothing answers at http://127.0.0.1:9/mute: " in health.reason

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from exported import export_once
 from served import Wire, raw
+from supervised import on_free_ports
 
 from tav_opt import checkpoint, editing, model_repository, models
 from tav_opt.checkpoint import Checkpoint
@@ -28,7 +30,7 @@ from tav_opt.contract import STREAM_MODEL, ClipInfo, to_tensors
 from tav_opt.engines import pytorch
 from tav_opt.model_repository import write_model_files
 from tav_opt.serving import tritonserver
-from tav_opt.serving.server import ServeConfig, Server, ServerDied
+from tav_opt.serving.server import Server, ServerDied
 from tav_opt.unet import clip_value_names
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +77,6 @@ def test_an_absent_libpython_is_named_with_its_package(monkeypatch):
 
 
 # The real server.
-
-
-def free(repository: Path) -> ServeConfig:
-    return ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +126,7 @@ def repository(golden, ckpt, triton_installed, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository):
-    with Server(free(repository)) as running:
+    with Server(on_free_ports(repository)) as running:
         yield running
 
 
@@ -283,19 +281,49 @@ def test_a_port_that_is_taken_is_named(repository, name):
         s.listen()
         port = s.getsockname()[1]
         with pytest.raises(InputError, match=f"{name.replace('_', ' ')} {port} on 127.0.0.1 cannot be taken"):
-            Server(replace(free(repository), **{name: port}))
+            Server(replace(on_free_ports(repository), **{name: port}))
+
+
+SLOW_TO_OPEN = """
+import sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+class Ok(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+port = {name: int(value) for name, _, value in (option.partition("=") for option in sys.argv) if name.endswith("-port")}
+Thread(target=ThreadingHTTPServer(("127.0.0.1", port["--http-port"]), Ok).serve_forever).start()
+time.sleep(1)
+ThreadingHTTPServer(("127.0.0.1", port["--metrics-port"]), Ok).serve_forever()
+"""
+
+
+def test_a_server_is_ready_when_its_metrics_answer_too(tmp_path):
+    """Triton opens that port last; a health check that came between the two would find nothing."""
+    program = tmp_path / "tritonserver"
+    program.write_text(f"#!{sys.executable}\n{SLOW_TO_OPEN}")
+    program.chmod(0o755)
+    write_model_files(tmp_path)
+    with (
+        Server(on_free_ports(tmp_path, tritonserver=program)) as server,
+        urllib.request.urlopen(server.metrics_url, timeout=5) as answer,
+    ):
+        assert answer.status == 200
 
 
 def test_a_folder_that_is_no_repository_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a model repository"):
-        Server(free(tmp_path))
+        Server(on_free_ports(tmp_path))
 
 
 def test_a_model_that_does_not_load_is_the_reason(triton_installed, tmp_path, monkeypatch):
     write_model_files(tmp_path)
     monkeypatch.setattr(model_repository, "MODEL_PY", "raise ImportError('this model is broken')\n")
     with pytest.raises(ServerDied, match=r"did not start: failed to load.*this model is broken"):
-        Server(free(tmp_path))
+        Server(on_free_ports(tmp_path))
 
 
 @pytest.fixture
@@ -344,7 +372,7 @@ def test_the_reason_is_told_when_the_server_dies(serving):
 
 
 def test_nothing_is_left_of_a_stopped_server(repository):
-    with Server(free(repository)) as running:
+    with Server(on_free_ports(repository)) as running:
         workers = psutil.Process(running.process.pid).children()
         folder = Path(running._folder.name)
         assert workers

@@ -39,13 +39,15 @@ def probe(http_url: str, metrics_url: str, *, timeout_s: float = 5.0) -> Health:
     answers, or what answers is not the worker. Takes little more than `timeout_s` at most. While requests wait, no
     other is added: an abandoned one would keep its place in the queue, and many would fill it.
     """
+    asked = metrics_url
     try:
         waiting, failed = _counts(metrics_url, timeout_s)
         if waiting:
             return _while_waiting(waiting, failed, metrics_url, timeout_s)
+        asked = http_url
         return _ask(http_url, timeout_s)
     except (OSError, ValueError) as error:
-        return Health(state="dead", reason=f"nothing answers at {http_url}: {error}")
+        return Health(state="dead", reason=f"nothing answers at {asked}: {error}")
 
 
 def _while_waiting(waiting: int, failed: int, metrics_url: str, timeout_s: float) -> Health:

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from contextlib import suppress
@@ -129,15 +128,20 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise ServerDied(f"tritonserver did not start: {self.reason()}")
-            try:
-                with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
+        for url in (f"{self.http_url}/v2/health/ready", self.metrics_url):  # Triton opens the metrics' port last
+            while not self._answers(url):
+                if time.monotonic() > deadline:
+                    raise ServerDied(f"tritonserver was not ready within {READY_SECONDS:.0f} s: {url} does not answer")
                 time.sleep(0.05)
-        raise ServerDied(f"tritonserver was not ready within {READY_SECONDS:.0f} s")
+
+    def _answers(self, url: str) -> bool:
+        if self.process.poll() is not None:
+            raise ServerDied(f"tritonserver did not start: {self.reason()}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return True
+        except OSError:
+            return False
 
     def lost_a_worker(self) -> bool:
         """Whether a worker process has ended, which Triton neither reports nor mends."""
