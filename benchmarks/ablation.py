@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from tav_opt import command, editing, sheet, video
+from tav_opt import command, editing, video
 from tav_opt.config import EditConfig
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.demo.places import PLACES
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.files import write_json
+from tav_opt.video import contact_sheet
 
 VARIANTS = ("full", "without sparse-causal attention", "without inversion", "without tuning")
 FULL, ALONE, FROM_NOISE, UNTUNED = VARIANTS
@@ -112,10 +113,9 @@ def _print(title: str, rows: dict[str, dict[str, float]]) -> None:
 def _show(source: Source, made: dict[str, np.ndarray], edit: EditConfig, file: Path) -> None:
     clips, captions = [source.clip.frames, *made.values()], [source.caption, *made]
     captions[1] = f"full: {edit.prompts[0]}" + (f", not {edit.negative_prompt}" if edit.negative_prompt else "")
-    Image.fromarray(sheet.contact_sheet(clips, captions)).save(file.with_suffix(".png"))
-    video.write(file.with_suffix(".gif"), sheet.side_by_side(clips, captions), source.clip.fps)
+    Image.fromarray(contact_sheet.contact_sheet(clips, captions)).save(file.with_suffix(".png"))
+    video.write(file.with_suffix(".gif"), contact_sheet.side_by_side(clips, captions), source.clip.fps)
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Ablation)
-    sys.exit(command.run("ablation", lambda: main(settings)))
+    sys.exit(command.run("ablation", lambda arguments: main(tyro.cli(Ablation, args=arguments))))

@@ -19,8 +19,8 @@ from predict import H200, SD15, Shape, reread_bytes, seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tav_opt.kernels.reference import first_and_previous, split_heads
-from tav_opt.kernels.reference import temporal_attention as transposed_temporal
+from tav_opt.kernels.naive import first_and_previous, split_heads
+from tav_opt.kernels.naive import temporal_attention as transposed_temporal
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 

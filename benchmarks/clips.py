@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 import tyro
 from common import apart, header, machine
 from presets import prepare
 
-from tav_opt import checkpoint, clips, command
-from tav_opt.engines.onnxruntime import OnnxBase, OnnxEngine
+from tav_opt import checkpoint, command
+from tav_opt.engines import registry
+from tav_opt.engines.exported import ExportedBase, ExportedEngine
+from tav_opt.export.exporting import add
 from tav_opt.files import write_json
+from tav_opt.repository.layout import info_of, version_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +50,17 @@ def main(config: Clips) -> int:
 def _measure(config: Clips, work: Path) -> dict[str, float | str]:
     ckpt = prepare(config.preset, work, frames=config.frames, size=config.size, steps=2)
     repository = work / "repository"
-    first = clips.add(ckpt, repository, name="clip-0")
+    first = add(ckpt, repository, name="clip-0")
     tuned = checkpoint.load(ckpt)
     seconds = []
     for number in range(1, config.count):
         other = replace(tuned, values={name: value + number / 1000 for name, value in tuned.values.items()})
         checkpoint.save(other, work / "other", settings={})
-        added = clips.add(work / "other", repository, name=f"clip-{number}")
+        added = add(work / "other", repository, name=f"clip-{number}")
         assert not added.graphs
         seconds.append(added.seconds)
     del tuned, other
-    version = clips.version_folder(repository)
+    version = version_folder(repository)
     values, resident = apart(partial(held, config.count, version, added.clip.info.exported_base))
     return {
         "base on disk, MB": round(added.clip.base_size / 1e6, 1),
@@ -75,17 +79,18 @@ def _measure(config: Clips, work: Path) -> dict[str, float | str]:
 def held(count: int, version: Path, base_name: str) -> tuple[int, list[int]]:
     """The bytes of a clip, and what is resident with 1, 2, … clips, each of which has predicted."""
     before = _resident()
-    base = OnnxBase.open(version / "base" / base_name, threads=2)
+    info, folder = info_of(version / "clips" / "clip-0"), version / "base" / base_name
+    base = registry.open_base(folder, info, registry.choose(folder, info, torch.device("cpu")), threads=2)
     engines, resident = [], []
     for number in range(count):
         engines.append(_opened(version, base, number))
         resident.append(_resident() - before)
-    return engines[0].nbytes, resident
+    return engines[0].held_bytes, resident
 
 
-def _opened(version: Path, base: OnnxBase, number: int) -> OnnxEngine:
+def _opened(version: Path, base: ExportedBase, number: int) -> ExportedEngine:
     """A clip that has predicted: its buffers are there."""
-    engine = OnnxEngine.open(version / "clips" / f"clip-{number}", base)
+    engine = ExportedEngine.open(version / "clips" / f"clip-{number}", base)
     engine.predict(engine.inverted_latents, 501, engine.encode_text(["a panda"]))
     return engine
 
@@ -97,5 +102,8 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Clips, prog="benchmarks/clips.py")
-    sys.exit(command.run("benchmarks/clips.py", lambda: main(arguments)))
+    sys.exit(
+        command.run(
+            "benchmarks/clips.py", lambda arguments: main(tyro.cli(Clips, prog="benchmarks/clips.py", args=arguments))
+        )
+    )

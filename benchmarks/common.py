@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -45,16 +45,27 @@ class Figure:
 
 def timed(stage: str, call: Callable[[], Any], *, calls: int = 10, warmup: int = 1) -> Timing:
     """Median, p10 and p90 of `calls` calls after `warmup` ones that do not count; waits for a GPU to finish."""
-    seconds = []
+    return in_turn(stage, {"": call}, calls=calls, warmup=warmup)[""]
+
+
+def in_turn(
+    stage: str, runs: Mapping[str, Callable[[], Any]], *, calls: int = 10, warmup: int = 1
+) -> dict[str, Timing]:
+    """As `timed`, of several that take turns, so that what else the machine does meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + calls):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if number >= warmup:
-            seconds.append(time.perf_counter() - start)
-    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
-    return Timing(stage, float(median), float(p10), float(p90), calls)
+        for name, call in runs.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    found = {}
+    for name, times in seconds.items():
+        p10, median, p90 = np.percentile(times, [10, 50, 90])
+        found[name] = Timing(stage, float(median), float(p10), float(p90), calls)
+    return found
 
 
 def apart(function: Callable[[], Any]) -> Any:

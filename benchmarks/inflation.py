@@ -89,5 +89,4 @@ def _summary(name: str, rounds: list[Timing]) -> Timing:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Inflation)
-    sys.exit(command.run("inflation", lambda: main(settings)))
+    sys.exit(command.run("inflation", lambda arguments: main(tyro.cli(Inflation, args=arguments))))

@@ -58,5 +58,4 @@ def _there_and_back(engine: TorchEngine, decoded: np.ndarray, steps: int) -> dic
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Inversion)
-    sys.exit(command.run("inversion", lambda: main(settings)))
+    sys.exit(command.run("inversion", lambda arguments: main(tyro.cli(Inversion, args=arguments))))

@@ -1,6 +1,7 @@
 """Latency of every stage of an edit, engine by engine: `python benchmarks/latency.py --help`.
 
-Parity comes first: an engine whose frames differ from eager PyTorch's is not timed, and the exit status is 1.
+Parity comes first: an engine whose frames differ from eager PyTorch's is not timed, and the exit status is 1. All are
+open at once, and take turns.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from common import Timing, header, save, table, timed
+from common import Timing, header, in_turn, save, table
 from presets import prepare
 
 from tav_opt import command, ddim, editing
@@ -26,7 +27,7 @@ from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
 
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.05, 2  # of 255: what the served result may differ from `tav-opt edit`
 HALF_TOLERANCES = 1, 16  # of fp16 engines
-EngineName = Literal["pytorch", "onnxruntime", "server", "tensorrt", "tensorrt-rtx"]
+Timed = Literal["pytorch", "onnxruntime", "compiled", "server", "tensorrt", "tensorrt-rtx"]
 Stage = tuple[str, Callable[[], Any], int]
 
 
@@ -36,9 +37,10 @@ class Latency:
 
     preset: str = "demo"
     """demo, sd15 (random weights), or a checkpoint's folder."""
-    engines: tuple[EngineName, ...] = ("pytorch", "onnxruntime", "server")
-    """server: the request end to end, by gRPC to a Triton server started here on the exported clip. tensorrt,
-    tensorrt-rtx: engines built here for this machine's GPU; no GPU has run them so far."""
+    engines: tuple[Timed, ...] = ("pytorch", "onnxruntime", "compiled", "server")
+    """compiled: programs made here by AOTInductor. server: the request end to end, by gRPC to a Triton
+    server started here on the exported clip. tensorrt, tensorrt-rtx: engines built here for this machine's GPU; no GPU
+    has run them so far."""
     refit: bool = False
     """TensorRT's engines hold the clip's values as weights to refit."""
     frames: int = 24
@@ -65,17 +67,18 @@ def measure(config: Latency, ckpt: Path, repository: Path) -> int:
     eager = open_checkpoint(ckpt, device=config.device)
     short = _edit(eager, steps=2)
     expected = editing.edit(eager, short)
-    results: dict[str, list[Timing]] = {}
     quality: dict[str, Any] = {}
-    for name in config.engines:
-        with _opened(name, eager, ckpt, repository, config) as (edit, stages):
+    stages: dict[str, list[Stage]] = {}
+    with ExitStack() as opened:
+        for name in config.engines:
+            edit, stages[name] = opened.enter_context(_opened(name, eager, ckpt, repository, config))
             difference = np.abs(edit(short).astype(int) - expected)
             quality[name] = {"mean": float(difference.mean()), "max": int(difference.max())}
-            mean, most = HALF_TOLERANCES if name.startswith("tensorrt") else (MEAN_TOLERANCE, MAX_TOLERANCE)
+            mean, most = HALF_TOLERANCES if _in_half(name) else (MEAN_TOLERANCE, MAX_TOLERANCE)
             if difference.mean() > mean or difference.max() > most:
                 print(f"{name}: its frames are wrong by {quality[name]} of 255: not timed", file=sys.stderr)
                 return 1
-            results[name] = [timed(stage, call, calls=calls) for stage, call, calls in stages]
+        results = _timings(stages)
     info = eager.info
     what = f"latency of {config.preset}: {info.frames} frames of {info.width}×{info.height}, {config.steps} DDIM steps"
     print(header(what))
@@ -88,29 +91,38 @@ def measure(config: Latency, ckpt: Path, repository: Path) -> int:
     return 0
 
 
+def _in_half(name: Timed) -> bool:
+    return name.startswith("tensorrt") or (name == "compiled" and torch.cuda.is_available())
+
+
+def _timings(stages: dict[str, list[Stage]]) -> dict[str, list[Timing]]:
+    """Each stage by all engines that have it, in turn."""
+    results: dict[str, list[Timing]] = {name: [] for name in stages}
+    for stage, calls in {stage: calls for found in stages.values() for stage, _, calls in found}.items():
+        runs = {name: call for name, found in stages.items() for own, call, _ in found if own == stage}
+        for name, timing in in_turn(stage, runs, calls=calls).items():
+            results[name].append(timing)
+    return results
+
+
 @contextmanager
 def _opened(
-    name: EngineName, eager: TorchEngine, ckpt: Path, repository: Path, config: Latency
+    name: Timed, eager: TorchEngine, ckpt: Path, repository: Path, config: Latency
 ) -> Iterator[tuple[Callable[[EditConfig], np.ndarray], list[Stage]]]:
     """How an engine edits, and its stages."""
     if name == "pytorch":
         yield lambda edit: editing.edit(eager, edit), _stages(eager, config)
         return
-    from tav_opt.export.repository import export
+    from tav_opt.export.exporting import export
 
     clip = export(ckpt, repository, name="benchmark")
-    if name == "onnxruntime":
-        from tav_opt.engines.onnxruntime import open_clip
-
-        engine = open_clip(repository, clip.name)
+    if name != "server":
+        engine = _built(name, clip, repository, config.refit)
         yield lambda edit: editing.edit(engine, edit), _stages(engine, config)
         return
-    if name in ("tensorrt", "tensorrt-rtx"):
-        fast = _tensorrt(name, clip, repository, config.refit)
-        yield lambda edit: editing.edit(fast, edit), _stages(fast, config)
-        return
     from tav_opt.client import Client
-    from tav_opt.serving.server import ServeConfig, Server
+    from tav_opt.serving.host.serve_config import ServeConfig
+    from tav_opt.serving.host.server import Server
 
     free = ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)
     with Server(free) as server, Client(server.grpc_url) as client:
@@ -120,13 +132,21 @@ def _opened(
         yield lambda edit: client.edit(clip.name, edit).frames, [stage]
 
 
-def _tensorrt(target: Literal["tensorrt", "tensorrt-rtx"], clip: Path, repository: Path, refit: bool) -> Engine:
-    """Engines for this machine's GPU, built first."""
-    from tav_opt.engines.tensorrt import open_clip
-    from tav_opt.export import tensorrt
+def _built(name: Timed, clip: Path, repository: Path, refit: bool) -> Engine:
+    """The exported clip by an engine, what that needs built first: for this machine's processor, or its GPU."""
+    from tav_opt.engines.registry import open_clip
 
-    tensorrt.export(tensorrt.plan(tensorrt.EngineConfig(target=target, refit=refit)), clip, say=print)
-    return open_clip(repository, clip.name, target=target)
+    if name == "compiled":
+        from tav_opt.export import compiled
+
+        compiled.export(clip)
+        return open_clip(repository, clip.name, engine="compiled")
+    if name == "onnxruntime":
+        return open_clip(repository, clip.name, engine="onnxruntime")
+    from tav_opt.export.tensorrt import build
+
+    build.export(build.plan(build.EngineConfig(target=name, refit=refit)), clip, say=print)
+    return open_clip(repository, clip.name, engine="tensorrt")
 
 
 def _edit(engine: Engine, *, steps: int) -> EditConfig:
@@ -162,5 +182,4 @@ def _stages(engine: Engine, config: Latency) -> list[Stage]:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Latency)
-    sys.exit(command.run("latency", lambda: main(settings)))
+    sys.exit(command.run("latency", lambda arguments: main(tyro.cli(Latency, args=arguments))))

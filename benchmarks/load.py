@@ -20,7 +20,8 @@ from traffic import closed_load, exported, jain_index, open_load, overtaken, sum
 from tav_opt import command
 from tav_opt.config import EditConfig, InputError
 from tav_opt.files import write_json
-from tav_opt.serving.server import ServeConfig, Server
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import Server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,5 +105,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Load)
-    sys.exit(command.run("load", lambda: main(settings)))
+    sys.exit(command.run("load", lambda arguments: main(tyro.cli(Load, args=arguments))))

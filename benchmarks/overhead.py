@@ -13,13 +13,13 @@ from common import Figure
 from traffic import Seen, closed_load
 
 from tav_opt.client import Client
-from tav_opt.client.sync import OnProgress
-from tav_opt.config import EditConfig, WorkerConfig
+from tav_opt.config import EditConfig, OnProgress, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, VERSION, to_tensors
-from tav_opt.engines.onnxruntime import best_device
+from tav_opt.engines.registry import best_device
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import Server
 from tav_opt.serving.opening import open_editor, warm_up
 from tav_opt.serving.report import Report
-from tav_opt.serving.server import ServeConfig, Server
 
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.05, 2
 """Of 255: the same graphs in another process."""
@@ -60,6 +60,7 @@ def compare(repository: Path, clip: str, edit: EditConfig, *, pairs: int, client
             figures += _overhead(here, client, clip, edit, pairs)
             figures.append(_first_progress(here, client, clip, edit, pairs))
             figures.append(_second_inversion(client, clip, edit, here.info.inversion_steps))
+            figures += _gateway(repository, client, clip, edit, pairs)
         figures.append(_throughput(here, server.grpc_url, clip, edit, edits=2 * clients, clients=clients))
     return figures
 
@@ -85,7 +86,21 @@ def _overhead(here: Here, client: Client, clip: str, edit: EditConfig, pairs: in
     ]
 
 
-def _in_turn(here: Here, client: Client, clip: str, edit: EditConfig, pairs: int) -> tuple[float, float]:
+def _gateway(repository: Path, client: Client, clip: str, edit: EditConfig, pairs: int) -> list[Figure]:
+    """What edits take longer than on a bare server, in turn: of one step, nearly all of it on the way, and of all."""
+    bare = ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0, direct=True)
+    with Server(bare) as server, Client(server.grpc_url) as direct:
+        direct.edit(clip, edit)  # warm-up
+        _, way = _in_turn(direct, client, clip, replace(edit, steps=1, guidance_scale=1.0), 5 * pairs)
+        alone, more = _in_turn(direct, client, clip, edit, pairs)
+    percent = 100 * more / alone
+    return [
+        Figure(name="the gateway's way", value=1000 * way, unit="ms", goal="≤ 3 ms", met=1000 * way <= 3),
+        Figure(name="the gateway's share of an edit", value=percent, unit="%", goal="≤ 2 %", met=percent <= 2),
+    ]
+
+
+def _in_turn(here: Here | Client, client: Client, clip: str, edit: EditConfig, pairs: int) -> tuple[float, float]:
     """Median seconds of an edit here, and of what it takes longer on the server, pair by pair."""
     alone, served = [], []
     for _ in range(pairs):

@@ -16,11 +16,12 @@ import tyro
 from common import apart, header, machine
 from presets import prepare
 
-from tav_opt import command, editing, memory, tuning
+from tav_opt import command, editing, tuning
 from tav_opt.checkpoint import load
 from tav_opt.config import EditConfig, TrainConfig
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.files import write_json
+from tav_opt.memory import eager
 from tav_opt.video import Clip
 
 
@@ -80,13 +81,13 @@ def measure(case: Case, ckpt: Path, out: Path) -> tuple[int, int]:
 
 
 def _edit(ckpt: Path) -> int:
-    estimates = _noted("check_editing", memory.estimate_editing)
+    estimates = _noted("check_editing", eager.estimate_editing)
     editing.edit(open_checkpoint(ckpt), EditConfig(prompts=("a red thing",), steps=2, guidance_scale=7.5))
     return estimates[0]
 
 
 def _tune(case: Case, base: str, out: Path) -> int:
-    estimates = _noted("check_tuning", memory.estimate_tuning)
+    estimates = _noted("check_tuning", eager.estimate_tuning)
     pixels = np.random.default_rng(0).integers(0, 256, (case.frames, case.size, case.size, 3), dtype=np.uint8)
     config = TrainConfig(steps=2, inversion_steps=2, gradient_checkpointing="checkpointing" in case.action)
     tuning.tune(base, Clip(frames=pixels, fps=8.0), "a red thing", config, out)
@@ -99,14 +100,14 @@ def _noted(check: str, estimate: Callable[..., int]) -> list[int]:
     The one before is of loading, when a model's file is mapped beside the copy of it: pages that the kernel can drop.
     """
     estimates: list[int] = []
-    checked = getattr(memory, check)
+    checked = getattr(eager, check)
 
     def noted(*arguments: object) -> None:
         checked(*arguments)
         estimates.append(estimate(*arguments))
         Path("/proc/self/clear_refs").write_text("5")
 
-    setattr(memory, check, noted)
+    setattr(eager, check, noted)
     return estimates
 
 
@@ -117,5 +118,4 @@ def _resident(what: str) -> int:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Peaks)
-    sys.exit(command.run("peaks", lambda: main(settings)))
+    sys.exit(command.run("peaks", lambda arguments: main(tyro.cli(Peaks, args=arguments))))

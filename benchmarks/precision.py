@@ -25,9 +25,12 @@ from torch import Tensor
 from tav_opt import command, ddim
 from tav_opt.checkpoint import load_tensors
 from tav_opt.contract import ClipInfo
-from tav_opt.engines.onnxruntime import OnnxEngine, open_clip, session
-from tav_opt.export import half, layers, repository
+from tav_opt.engines.exported import ExportedEngine
+from tav_opt.engines.onnxruntime import session
+from tav_opt.engines.registry import open_clip
+from tav_opt.export import exporting, half, layers
 from tav_opt.export.rounding import rounded
+from tav_opt.export.whole_edit import psnr
 from tav_opt.files import read_json, write_json
 
 NORMS, SOFTMAX, SINUSOID = ("InstanceNormalization",), ("Softmax",), ("Sin", "Cos")
@@ -110,12 +113,6 @@ def narrowed(model: onnx.ModelProto, op_types: Collection[str]) -> onnx.ModelPro
     return onnx.inliner.inline_local_functions(model)
 
 
-def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal to noise in dB of uint8 frames."""
-    error = np.mean((found.astype(np.float64) - expected) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
-
-
 def graph_predict(path: Path, values: dict[str, np.ndarray]) -> ddim.Predict:
     """The noise by a graph of b = 2."""
     run = session(path, torch.device("cpu")).run
@@ -132,13 +129,13 @@ def graph_predict(path: Path, values: dict[str, np.ndarray]) -> ddim.Predict:
 class Reference:
     """A guided sampling in fp32: its frames, and what was predicted from what on the way."""
 
-    engine: OnnxEngine
+    engine: ExportedEngine
     config: Precision
     frames: np.ndarray
     calls: list[tuple[Tensor, int, Tensor, Tensor]]
 
     @classmethod
-    def of(cls, engine: OnnxEngine, config: Precision) -> Reference:
+    def of(cls, engine: ExportedEngine, config: Precision) -> Reference:
         """Samples by the engine itself."""
         calls = []
 
@@ -160,7 +157,7 @@ class Reference:
         return psnr(sampled(self.engine, predict, self.config), self.frames)
 
 
-def sampled(engine: OnnxEngine, predict: ddim.Predict, config: Precision) -> np.ndarray:
+def sampled(engine: ExportedEngine, predict: ddim.Predict, config: Precision) -> np.ndarray:
     """Frames of a guided sampling."""
     text = engine.encode_text(["", config.prompt])
     latents = ddim.sample(
@@ -175,7 +172,7 @@ def main(config: Precision) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ckpt = prepare(config.preset, work, frames=config.frames, size=config.size, steps=config.steps)
-        clip = repository.export(ckpt, work / "repository", name="clip")
+        clip = exporting.export(ckpt, work / "repository", name="clip")
         engine = open_clip(work / "repository", "clip")
         rows = _measure(config, work, engine, clip)
     info = engine.info
@@ -192,7 +189,7 @@ def main(config: Precision) -> int:
     return 0
 
 
-def _measure(config: Precision, work: Path, engine: OnnxEngine, clip: Path) -> dict[str, dict[str, float | str]]:
+def _measure(config: Precision, work: Path, engine: ExportedEngine, clip: Path) -> dict[str, dict[str, float | str]]:
     base = clip.parents[1] / "base" / ClipInfo.from_json(read_json(clip / "manifest.json")).exported_base
     tensors = load_tensors(clip / "values.safetensors")
     values = {engine.base.value_inputs[name]: value.half().numpy() for name, value in tensors.items()}
@@ -221,5 +218,9 @@ def _measure(config: Precision, work: Path, engine: OnnxEngine, clip: Path) -> d
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Precision, prog="benchmarks/precision.py")
-    sys.exit(command.run("benchmarks/precision.py", lambda: main(arguments)))
+    sys.exit(
+        command.run(
+            "benchmarks/precision.py",
+            lambda arguments: main(tyro.cli(Precision, prog="benchmarks/precision.py", args=arguments)),
+        )
+    )

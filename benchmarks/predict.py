@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tav_opt.kernels.layout import split_width
+from tav_opt.kernels.inputs import split_width
 from tav_opt.kernels.tiles import sparse_causal_tile
 
 

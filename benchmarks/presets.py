@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tav_opt import checkpoint, models
+from tav_opt.base.directory import Base
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.contract import ClipInfo
 from tav_opt.demo.random_model import write_random_model
@@ -43,13 +44,13 @@ def untuned(base: Path, folder: Path, *, frames: int, size: int | None, steps: i
     for name, value in values.items():
         if name.endswith("attn_temp.to_out.0.weight"):
             value.normal_(std=0.02)
-    factor = models.vae_factor(base)
-    size = size or models.native_size(base)
+    model = Base.at(base)
+    factor, size = model.vae_factor, size or model.native_size
     models.check_size(size, size, factor)
     latents = torch.randn(1, unet.config.in_channels, frames, size // factor, size // factor)
     info = ClipInfo(
         base=str(base.resolve()),
-        base_hash=checkpoint.base_hash(base),
+        base_hash=model.hash,
         prompt="a moving thing",
         frames=frames,
         height=size,

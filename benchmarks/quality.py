@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from tav_opt import command, editing, sheet
+from tav_opt import command, editing
 from tav_opt.demo import subjects, world
 from tav_opt.demo.dual_encoder import phrase_of
 from tav_opt.demo.judge import Judge
@@ -31,6 +31,7 @@ from tav_opt.demo.training import grid, to_images, to_unit
 from tav_opt.demo.vae import psnr
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.files import read_json, write_json
+from tav_opt.video import contact_sheet
 
 SEED = 71
 """Of the pictures and prompts, unlike any of training."""
@@ -171,7 +172,7 @@ def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
             print(
                 f"{captions[-1]}: " + ", ".join(f"{name} {value:.2f}" for name, value in found[-1].items()), flush=True
             )
-        Image.fromarray(sheet.contact_sheet(rows, captions)).save(config.folder / f"{source.name}.png")
+        Image.fromarray(contact_sheet.contact_sheet(rows, captions)).save(config.folder / f"{source.name}.png")
     right, track, unrest = (
         float(np.mean([score[name] for score in found])) for name in ("right frames", "track", "unrest around")
     )
@@ -193,5 +194,4 @@ def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Quality)
-    sys.exit(command.run("quality", lambda: main(settings)))
+    sys.exit(command.run("quality", lambda arguments: main(tyro.cli(Quality, args=arguments))))

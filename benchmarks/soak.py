@@ -31,7 +31,8 @@ from tav_opt.client import AsyncClient, ServerError
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_MODEL
 from tav_opt.files import write_json
-from tav_opt.serving.server import ServeConfig, Server, ServerDied
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import Server, ServerDied
 
 EDITS = tuple(EditConfig(prompts=(f"a {word} thing",), steps=2) for word in ("red", "blue", "old"))
 """What is asked for and compared with its first answer."""
@@ -78,7 +79,7 @@ class Usage:
     def of(cls, server: Server) -> Usage:
         root = psutil.Process(server.process.pid)
         processes = [root, *root.children(recursive=True)]
-        regions = list(Path("/dev/shm").glob(f"{server._shared_memory}*"))
+        regions = list(Path("/dev/shm").glob(f"{server._shared_memory}*"))  # nosec B108  # only looked at
         return cls(
             mib=sum(p.memory_full_info().uss for p in processes) / 2**20,
             files=sum(p.num_fds() for p in processes),
@@ -262,5 +263,4 @@ def _report(config: Soak, record: Record, rests: tuple[Usage, Usage], growth: fl
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Soak)
-    sys.exit(command.run("soak", lambda: main(settings)))
+    sys.exit(command.run("soak", lambda arguments: main(tyro.cli(Soak, args=arguments))))

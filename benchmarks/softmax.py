@@ -83,5 +83,9 @@ def main(config: Softmax) -> int:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Softmax, prog="benchmarks/softmax.py")
-    sys.exit(command.run("benchmarks/softmax.py", lambda: main(arguments)))
+    sys.exit(
+        command.run(
+            "benchmarks/softmax.py",
+            lambda arguments: main(tyro.cli(Softmax, prog="benchmarks/softmax.py", args=arguments)),
+        )
+    )

@@ -119,7 +119,7 @@ def overtaken(seen: list[Seen]) -> int:
 @contextmanager
 def exported(preset: str, *, frames: int, size: int | None, steps: int) -> Iterator[tuple[Path, str]]:
     """A model repository with a clip to load the server with → its folder, and the clip's name."""
-    from tav_opt.export.repository import export
+    from tav_opt.export.exporting import export
 
     with tempfile.TemporaryDirectory() as folder:
         if (Path(preset) / STREAM_MODEL).is_dir():

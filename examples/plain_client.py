@@ -8,7 +8,10 @@ import tritonclient.grpc as triton
 
 url, clip, prompt, out = sys.argv[1:]
 answers: Queue = Queue()
-client = triton.InferenceServerClient(url)
+options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+if url.startswith(("localhost:", "127.")):  # gRPC asks the proxy of $http_proxy for this machine, too
+    options.append(("grpc.enable_http_proxy", 0))
+client = triton.InferenceServerClient(url, channel_args=options)
 client.start_stream(lambda result, error: answers.put((result, error)))
 texts = {"clip": clip, "prompt": prompt}
 inputs = [triton.InferInput(name, [1], "BYTES").set_data_from_numpy(np.array([texts[name]], object)) for name in texts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +9,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tav_opt.config import InputError
+from tav_opt.base.weights import check_finite, load_tensors
+from tav_opt.clip_folder import ClipFolder
+from tav_opt.config import InputError, PathLike, documented
 from tav_opt.contract import ClipInfo
-from tav_opt.files import DESCRIPTION, check_checkpoint, read_json, sha256, whole, write_json
+from tav_opt.files import DESCRIPTION, altered, sha256, whole, write_json
 
 VALUES = "values.safetensors"
 LATENTS = "latents.safetensors"
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-)
+MAX_BYTES = 4 << 30
+"""Of a file of tensors; those of a clip on Stable Diffusion 1.x have 149 MB in fp16."""
+_KINDS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What tuning makes of a clip."""
@@ -41,8 +39,11 @@ class Checkpoint:
     """(1, c, f, h, w): DDIM inversion of the source with the tuned UNet under the empty prompt."""
 
 
-def save(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float16) -> None:
+def save(
+    checkpoint: Checkpoint, folder: PathLike, settings: dict[str, Any], dtype: torch.dtype = torch.float16
+) -> None:
     """Writes a checkpoint; its description comes last, so a folder that has one is whole."""
+    folder = Path(folder)
     values = {name: value.detach().to("cpu", dtype).contiguous() for name, value in checkpoint.values.items()}
     latents = {"source": checkpoint.source_latents, "inverted": checkpoint.inverted_latents}
     save_tensors(values, folder / VALUES)
@@ -51,63 +52,71 @@ def save(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any], dtype: 
     write_json(folder / DESCRIPTION, {**checkpoint.info.to_json(), "files": hashes, "settings": settings})
 
 
-def load(folder: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint (tensors in the dtype they have on disk).
+def load(folder: PathLike | ClipFolder) -> Checkpoint:
+    """Reads and verifies a checkpoint, or an exported clip (tensors in the dtype they have on disk).
 
     Raises InputError when the folder is no checkpoint, half-written, or altered.
     """
-    check_checkpoint(folder)
-    description = read_json(folder / DESCRIPTION)
+    clip = ClipFolder.at(folder)
+    info = clip.info
     for name in (VALUES, LATENTS):
-        if not (folder / name).is_file() or sha256(folder / name) != description.get("files", {}).get(name):
-            raise InputError(f"{folder / name} is missing or altered: its hash is not the one in {DESCRIPTION}")
-    latents = load_tensors(folder / LATENTS)
-    return Checkpoint(
-        info=ClipInfo.from_json(description),
-        values=load_tensors(folder / VALUES),
-        source_latents=latents["source"],
-        inverted_latents=latents["inverted"],
-    )
+        _check_size(clip.path / name)
+    known = dict.fromkeys((VALUES, LATENTS), "") | clip.description.get("files", {})
+    if changed := altered(clip.path, known):
+        raise InputError(f"{clip.path / changed[0]} is missing or altered: its hash is not the one in {clip.file}")
+    return _read(clip.path, info)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds a finished checkpoint of ours."""
-    return (folder / DESCRIPTION).is_file()
+def _check_size(path: Path) -> None:
+    if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:  # hashing it would take long
+        raise InputError(f"{path} has {size} bytes: the tensors of a clip have {MAX_BYTES} at most")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def _read(folder: Path, info: ClipInfo) -> Checkpoint:
+    """The values and latents of a clip in a folder that was found unaltered.
+
+    Raises InputError for tensors that are missing, of another kind than float16, bfloat16 or float32, NaN or infinite,
+    and for latents that are not of the described clip.
+    """
+    values, latents = load_tensors(folder / VALUES), load_tensors(folder / LATENTS)
+    if lacking := {"source", "inverted"} - set(latents):
+        raise InputError(f"{folder / LATENTS} lacks the {' and '.join(sorted(lacking))} latents")
+    for tensors, file in ((values, VALUES), (latents, LATENTS)):
+        for name, value in tensors.items():
+            if value.dtype not in _KINDS:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise InputError(f"{folder / file}: {name} is {kind}, not float32, float16 or bfloat16")
+        check_finite(tensors, folder / file)
+    for name in ("source", "inverted"):
+        _check_latents(latents[name], info, f"{folder / LATENTS}: the {name} latents")
+    if latents["source"].shape != latents["inverted"].shape:
+        raise InputError(f"{folder / LATENTS}: the source and inverted latents differ in shape")
+    return Checkpoint(info=info, values=values, source_latents=latents["source"], inverted_latents=latents["inverted"])
+
+
+def _check_latents(latents: Tensor, info: ClipInfo, name: str) -> None:
+    """Raises InputError unless they are (1, c, f, h, w), a whole number of pixels to each."""
+    shape = tuple(latents.shape)
+    fits = len(shape) == 5 and shape[0] == 1 and min(shape) > 0 and shape[2] == info.frames
+    factor = info.height // shape[3] if fits else 0
+    if not fits or (shape[3] * factor, shape[4] * factor) != (info.height, info.width):
+        clip = f"{info.frames} frames of {info.width}×{info.height}"
+        raise InputError(f"{name} are {shape}, not (1, c, f, h, w) of the described {clip}")
+
+
+def is_checkpoint(folder: PathLike) -> bool:
+    """Whether the folder holds a finished checkpoint of ours, or an exported clip."""
+    return ClipFolder.found(folder) is not None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: PathLike, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all; raises InputError when the disk is full."""
-    with whole(path) as temporary:
+    with whole(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # it hides the operating system's error in its text
             found = re.search(r"os error (\d+)", str(error))
             raise OSError(int(found[1]) if found else 0, str(error)) from None
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, or of a `.bin` file, from which nothing but tensors is unpickled.
-
-    Raises InputError when the file is corrupt or holds anything else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is corrupt, or holds more than tensors: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path} is not a dictionary of tensors")
-    return tensors
-
-
-def weights_file(folder: Path) -> Path:
-    """The weights of one part of a model directory, safetensors first; raises InputError where there are none."""
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"{folder} holds no weights ({', '.join(_WEIGHTS)})")
 
 
 def is_reference_unet(config: dict[str, Any]) -> bool:
@@ -124,13 +133,3 @@ def image_config(config: dict[str, Any]) -> dict[str, Any]:
         return value.replace("3D", "2D") if isinstance(value, str) else value
 
     return {key: flat(value) for key, value in config.items()}
-
-
-def base_hash(directory: Path) -> str:
-    """SHA-256 over the weights and configurations of a Stable Diffusion directory: names its content, not its place."""
-    digest = hashlib.sha256()
-    for part in ("unet", "vae", "text_encoder"):
-        for file in (directory / part / "config.json", weights_file(directory / part)):
-            digest.update(f"{part} {sha256(file)}\n".encode())
-    digest.update(sha256(directory / "scheduler" / "scheduler_config.json").encode())
-    return digest.hexdigest()

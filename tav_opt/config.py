@@ -2,107 +2,320 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+C = TypeVar("C", bound=Any)
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+"""What every public function takes for a path."""
+
+OnProgress = Callable[[str, int, int], object]
+"""Called with the stage, its steps done, and its steps; what it raises ends the work."""
 
 PAPER = "Wu et al., Tune-A-Video, ICCV 2023, arXiv 2212.11565"
+
+EngineName = Literal["tensorrt", "compiled", "onnxruntime", "pytorch"]
+EngineChoice = Literal["auto", "tensorrt", "compiled", "onnxruntime", "pytorch"]
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names the value and what would be right."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_WEIGHTS = re.compile(
+    r"\([^()]*:\s*\d+(\.\d+)?\s*\)|\(\(|\[[^\[\]]+\]|<(lora|lyco|hypernet):[^<>]+>|\b(BREAK|AND)\b(?=\s+\S)"
+)
+"""`(word:1.3)`, `((word))`, `[word]`, `<lora:name:1>`, BREAK and AND in capitals."""
+
+
+def literal_weights(prompts: Iterable[str]) -> str | None:
+    """One line where a prompt has the weight syntax of Stable Diffusion web UIs, which is drawn as it stands."""
+    for prompt in prompts:
+        if prompt.upper() != prompt and (found := _WEIGHTS.search(prompt)):
+            return f"{found[0]!r} in a prompt is no weight here: it is read as words, like the rest"
+    return None
+
+
+def texts(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    """One text is one, not its letters; raises InputError, with `name`, for what is neither a text nor several."""
+    if isinstance(given, str):
+        return (given,)
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(item, str) for item in found):
+        raise InputError(f"{name} {given!r}: must be a text or several")
+    return found
+
+
+def documented(kind: type[T]) -> type[T]:
+    """Adds the strings under a class's fields, also inherited ones, to its docstring, where help() shows them."""
+    own = [owner for owner in reversed(kind.__mro__) if owner is not object]
+    said = {name: text for owner in own for name, text in _under_fields(owner.__module__).get(owner.__name__, ())}
+    lines = [f"    {name}: {' '.join(text.split())}" for name, text in said.items()]
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *lines])
+    return kind
+
+
+@cache
+def _under_fields(module: str) -> dict[str, list[tuple[str, str]]]:
+    """Names and strings of the fields of a module's classes, which exist in its source alone."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # without source; built in
+        return {}
+    return {node.name: list(_strings(node)) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _strings(node: ast.ClassDef) -> Iterable[tuple[str, str]]:
+    for field, below in zip(node.body, node.body[1:], strict=False):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, text
+
+
+@documented
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, beside its default."""
+
+    low: float
+    """The least."""
+    high: float
+    """The most."""
+    below: bool = False
+    """The upper end itself is out."""
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.below and value == self.high)  # false for NaN
+
+    def __str__(self) -> str:
+        return f"{self.low}…{'<' if self.below else ''}{self.high}"
+
+
+Count = Annotated[int, Within(1, 10**6)]
+Index = Annotated[int, Within(0, 10**6)]
+Side = Annotated[int, Within(1, 2**14)]
+Seed = Annotated[int, Within(0, 2**63 - 1)]
+DdimSteps = Annotated[int, Within(1, 1000)]
+GuidanceScale = Annotated[float, Within(0, 100)]
+LearningRate = Annotated[float, Within(0, 1)]
+Mib = Annotated[int, Within(0, 2**30)]
+
+
+def _ranges(kind: type) -> dict[str, Within]:
+    """By field; one that a subclass declares anew keeps the range that it had."""
+    return {
+        name: extra
+        for one in reversed(kind.__mro__)
+        for name, hint in get_type_hints(one, include_extras=True).items()
+        for extra in _extras(hint)
+        if isinstance(extra, Within)
+    }
+
+
+def _extras(hint: Any) -> Iterable[Any]:
+    """Of an annotated type, and of one that may be None."""
+    parts = (hint, *getattr(hint, "__args__", ()))
+    return [extra for part in parts for extra in getattr(part, "__metadata__", ())]
+
+
+def check_numbers(config: Any) -> None:
+    """Raises InputError for a number of a configuration, or of one in it, that is out of its range, naming both."""
+    ranges = _ranges(type(config))
+    for name in (field.name for field in fields(config)):
+        value = getattr(config, name)
+        if is_dataclass(value):
+            check_numbers(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in ranges and number is not None and number not in ranges[name]:
+                raise InputError(f"{name.replace('_', ' ')} {number} is not within {ranges[name]}")
+
+
+def with_absolute_paths(config: C) -> C:
+    """The configuration with its paths, those of nested ones too, as they are seen from the present folder."""
+    changed: dict[str, Any] = {}
+    for name in (field.name for field in fields(config)):
+        value = getattr(config, name)
+        if isinstance(value, Path):
+            changed[name] = value.absolute()
+        elif is_dataclass(value):
+            changed[name] = with_absolute_paths(value)
+    return replace(config, **changed)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises InputError for a text that is no UTF-8: a command line's bytes that are none come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} {text!a} is not UTF-8") from None
+
+
+class Config:
+    """Fields also take what lies near: text or os.PathLike for a path, one text or a list where several may be."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if hints[field.name] in (Path, Path | None) and isinstance(value, str | os.PathLike):
+                object.__setattr__(self, field.name, Path(value))
+            elif hints[field.name] == tuple[str, ...]:
+                object.__setattr__(self, field.name, texts(field.name, value))
+
+
+@documented
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig:
+class ClipConfig(Config):
     """Which frames of a video are taken, and how they are fitted (defaults: the paper's)."""
 
     video: Path
     """Video file (MP4, MOV, WebM, MKV, GIF, animated WebP) or a folder of images."""
-    start: int = 0
+    start: Index = 0
     """First frame."""
-    stride: int = 2
+    stride: Count = 2
     """Take every STRIDE-th frame."""
-    frames: int = 24
+    frames: Count = 24
     """How many frames."""
     uniform: bool = False
     """Spread the frames evenly over the clip instead of start and stride."""
-    height: int = 512
-    width: int = 512
+    height: Side = 512
+    """Of the frames, in pixels; a multiple of the VAE's factor, 8 for Stable Diffusion. So is the width."""
+    width: Side = 512
+    """Of the frames."""
     fit: Literal["crop", "squash"] = "crop"
     """Centre crop that keeps the aspect, or squash (the reference's way)."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class InversionConfig(Config):
+    """How a source is inverted: all that the latents depend on beside the source, the clip and its base."""
+
+    steps: DdimSteps = 50
+    """DDIM steps."""
+
+    @property
+    def key(self) -> str:
+        """The same for inversions that lead to the same latents, and only for them."""
+        return f"{self.steps}"
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
     """How one clip is tuned (paper section 4.1 and the reference's configuration)."""
 
-    steps: int = 500
-    lr: float = 3e-5
+    steps: Count = 500
+    """Optimiser steps."""
+    lr: LearningRate = 3e-5
+    """AdamW's learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = 0
+    """How the learning rate goes on after the warm-up."""
+    warmup: Index = 0
     """Steps over which the learning rate rises from zero."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    accumulation: int = 1
+    betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.999)
+    """AdamW's."""
+    weight_decay: Annotated[float, Within(0, 1)] = 1e-2
+    """AdamW's."""
+    eps: Annotated[float, Within(0, 1)] = 1e-8
+    """AdamW's."""
+    clip_norm: Annotated[float, Within(0, math.inf)] = 1.0
+    """Largest norm of all gradients together; inf: as large as it is."""
+    accumulation: Annotated[int, Within(1, 10**4)] = 1
     """Gradient accumulation: noise draws per optimiser step."""
     trainable: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
     """Which parameters train, by the name of their module."""
     gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
     autocast: Literal["no", "fp16", "bf16"] = "no"
-    seed: int = 33
-    preview_every: int = 0
+    """Mixed precision."""
+    seed: Seed = 33
+    """Of the noise, the timesteps, and what starts at random."""
+    preview_every: Index = 0
     """Write an edited preview every so many steps; 0: none."""
     preview_prompts: tuple[str, ...] = ()
-    save_every: int = 50
+    """What the previews show."""
+    save_every: Count = 50
     """Steps between resume states."""
-    inversion_steps: int = 50
+    keep_state: bool = False
+    """Keep the last resume state: the same command with more steps then goes on from the finished run."""
+    inversion_steps: DdimSteps = InversionConfig.steps
     """DDIM steps of the inversion that is kept with the checkpoint."""
 
 
+EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
+"""The settings of an edit that a clip may bring with it; a request that leaves them out gets the clip's."""
+
+
+@documented
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
+class EditConfig(Config):
     """How an edit is sampled (paper section 4.2)."""
 
     prompts: tuple[str, ...] = ()
+    """What to draw: one edit of each; a text alone is one prompt."""
     negative_prompt: str = ""
     """What to stay away from; it takes the place of the empty prompt in guidance."""
-    steps: int = 50
+    steps: DdimSteps = 50
     """DDIM steps of sampling."""
-    guidance_scale: float = 12.5
-    eta: float = 0.0
+    guidance_scale: GuidanceScale = 12.5
+    """Classifier-free guidance scale."""
+    eta: Annotated[float, Within(0, 1)] = 0.0
     """0: deterministic DDIM; 1: as much noise as DDPM."""
-    seed: int = 33
+    seed: Seed = 33
     """Of the noise that eta adds, and of the start without inversion."""
     inversion: bool = True
     """Start from the inverted latents of the source; False: from seeded noise."""
-    inversion_steps: int | None = None
+    inversion_steps: DdimSteps | None = None
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
 
+    @classmethod
+    def of(cls, edit: EditConfig | str | Iterable[str]) -> EditConfig:
+        """Prompts alone stand for settings with these prompts."""
+        return edit if isinstance(edit, EditConfig) else cls(prompts=texts("prompts", edit))
 
+
+@documented
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(Config):
     """How the served models share the machine; the server writes it into their config.pbtxt, where they read it."""
 
-    instances: int = 1
-    """Edits at a time: on each GPU, or on the processor, whose cores they share."""
-    queue_size: int = 16
+    engine: EngineChoice = "auto"
+    """What runs the exported clips; auto: the best that can, which is said at the start."""
+    instances: Annotated[int, Within(1, 64)] = 1
+    """Processes that edit: on each GPU, or on the processor, whose cores they share."""
+    batch_requests: Annotated[int, Within(1, 64)] = 1
+    """Streamed edits that an instance has in hand at a time; those of one clip share every call of the network."""
+    queue_size: Annotated[int, Within(1, 100_000)] = 16
     """Requests that may wait; the next one is told UNAVAILABLE at once."""
-    queue_seconds: float = 600.0
+    queue_seconds: Annotated[float, Within(0, 86_400)] = 600.0
     """How long a request may wait unless it names a timeout of its own; 0: for ever."""
-    clips_mib: int = 4096
+    clips_mib: Mib = 4096
     """Values of clips that stay loaded; the one used longest ago goes first."""
-    inversions_mib: int = 256
+    inversions_mib: Mib = 256
     """Inversions of videos, kept in memory."""
-    responses_mib: int = 256
+    responses_mib: Mib = 256
     """Responses of the unary model, for the same request again."""
     cache: Path | None = None
     """Folder for inversions across restarts; default: tav-opt in the user's cache folder."""
-    cache_mib: int = 2048
+    cache_mib: Mib = 2048
     """Of that folder; 0: nothing is written."""
-    decode_seconds: float = 30.0
+    decode_seconds: Annotated[float, Within(0.1, 3600)] = 30.0
     """How long a video of a request may take to decode."""
     log_prompts: bool = False
     """Write the prompts' text into the log."""

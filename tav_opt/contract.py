@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import PurePath
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from tav_opt.config import EditConfig, InputError
+from tav_opt import __version__
+from tav_opt.config import EDIT_DEFAULTS, EditConfig, EngineName, InputError, InversionConfig, check_numbers, documented
+
+E = TypeVar("E", bound=EditConfig)
 
 VERSION = 1
 """Of the exported files and the served tensors; another version is refused."""
@@ -18,6 +22,8 @@ STREAM_MODEL = "tune_a_video_stream"
 """The decoupled model: progress responses, then the frames. Over gRPC streams."""
 UNARY_MODEL = "tune_a_video"
 """The same edit as one response, for HTTP and plain `infer()`; the same request again is answered from a cache."""
+CLIPS_MODEL = "tune_a_video_clips"
+"""What a clip takes: one response at once, whatever the edits do."""
 
 CLIP_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -73,6 +79,13 @@ STREAM_INPUTS = (
         name="preview_interval", dtype="INT32", shape=(1,), doc="a preview every so many steps; 0: none", optional=True
     ),
     ServedTensor(name="output", dtype="STRING", shape=(1,), doc="frames or mp4", optional=True),
+    ServedTensor(
+        name="prompt_metadata",
+        dtype="BOOL",
+        shape=(1,),
+        doc="false: prompts stay out of the metadata",
+        optional=True,
+    ),
 )
 """The names of settings are those of EditConfig, and so are the defaults of what is absent; the rest is Request's."""
 UNARY_INPUTS = tuple(tensor for tensor in STREAM_INPUTS if tensor.name != "preview_interval")
@@ -89,13 +102,35 @@ STREAM_OUTPUTS = (
     ServedTensor(name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB"),
     ServedTensor(name="video", dtype="STRING", shape=(-1,), doc="an MP4 file of each prompt"),
     ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
+    ServedTensor(
+        name="metadata",
+        dtype="STRING",
+        shape=(-1,),
+        doc="each edit's settings, as JSON; an MP4's comment",
+    ),
     ServedTensor(name="error", dtype="STRING", shape=(2,), doc="gRPC status and message of a failed edit"),
+    ServedTensor(name="request_id", dtype="STRING", shape=(1,), doc="the request's id, or the one that it was given"),
 )
-"""Every response of the stream has the first three; `preview` comes with some steps; the last response has `fps` and
-either `frames` or `video`. That of a failed edit has only `error`: a response like others, since errors that bear a
-gRPC status on a stream (the header `triton_grpc_error`) crash Triton 2.51 now and then."""
-UNARY_OUTPUTS = tuple(tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps"))
+"""Every response of the stream has `request_id` and the first three; `preview` comes with some steps; the last response
+has `fps`, `metadata`, and either `frames` or `video`. That of a failed edit has `error` in their place: a response like
+others, since errors that bear a gRPC status on a stream (the header `triton_grpc_error`) crash Triton 2.51 now and
+then."""
+UNARY_OUTPUTS = tuple(
+    tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps", "metadata", "request_id")
+)
+CLIPS_INPUTS = STREAM_INPUTS[:1]
+CLIPS_OUTPUTS = (
+    ServedTensor(name="frames", dtype="INT32", shape=(1,), doc="how many frames a source must have"),
+    ServedTensor(name="height", dtype="INT32", shape=(1,), doc="of the frames"),
+    ServedTensor(name="width", dtype="INT32", shape=(1,), doc="of the frames"),
+    ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
+    ServedTensor(name="prompt", dtype="STRING", shape=(1,), doc="the caption that it was tuned on"),
+    ServedTensor(name="inversion_steps", dtype="INT32", shape=(1,), doc="of the inversion kept with it"),
+)
+"""The names are those of ServedClip and of ClipInfo."""
 
+STARTED_ANEW = "started anew"
+"""Words of every refusal by a gateway behind which no server is, for the moment."""
 _OF_THE_QUEUE = re.compile(r"exceeds maximum queue size|request timeout expired", re.IGNORECASE)
 
 MAX_PROMPTS = 8
@@ -120,6 +155,29 @@ class Request:
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
+    given: frozenset[str] = frozenset()
+    """Names of the edit's settings that were given: the clip's own stand for the others."""
+    prompt_metadata: bool = True
+    """Whether `metadata` and MP4 files name the prompts."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class ServedClip:
+    """What a client may know of an exported clip."""
+
+    frames: int
+    """How many; a source in the clip's place must have as many."""
+    height: int
+    """Of the frames, and of a source's."""
+    width: int
+    """Of the frames, and of a source's."""
+    fps: float
+    """Frames a second."""
+    prompt: str
+    """The caption that it was tuned on."""
+    inversion_steps: int
+    """Of the inversion that is kept with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +193,8 @@ class ClipInfo:
     width: int
     fps: float
     inversion_steps: int
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Of EDIT_DEFAULTS, those that the clip was tuned to be edited with."""
     version: int = VERSION
 
     @property
@@ -145,6 +205,15 @@ class ClipInfo:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def inversion(self) -> InversionConfig:
+        """Of the latents that are kept with it."""
+        return InversionConfig(steps=self.inversion_steps)
+
+    def inversion_of(self, edit: EditConfig) -> InversionConfig:
+        """Of an edit's start: the clip's own where the edit asks for no other."""
+        return self.inversion if edit.inversion_steps is None else InversionConfig(steps=edit.inversion_steps)
+
     @classmethod
     def from_json(cls, value: Any) -> ClipInfo:
         """Raises InputError for another version or missing entries."""
@@ -152,14 +221,64 @@ class ClipInfo:
             raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
+        value = {"edit": {}} | value  # clips of before have none
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
+        from tav_opt import schemas  # not for clients, who read no such file
+
+        schemas.check(schemas.ClipDescription, value, "clip")
+        _check_edit_defaults(value["edit"])
         return cls(**{f.name: value[f.name] for f in fields(cls)})
+
+    def edited(self, config: E, given: Collection[str] = ()) -> E:
+        """The settings of an edit, in which the clip's own stand for those that were not given."""
+        return replace(config, **{name: value for name, value in self.edit.items() if name not in given})
+
+
+def _check_edit_defaults(found: Any) -> None:
+    kinds: dict[str, Any] = {"steps": int, "guidance_scale": (int, float), "inversion": bool}
+    if not isinstance(found, dict) or not all(
+        isinstance(value, kinds.get(name, ())) and isinstance(value, bool) == (name == "inversion")
+        for name, value in found.items()
+    ):
+        raise InputError(f"clip: its edit settings {found!r} are not of {', '.join(EDIT_DEFAULTS)}")
+    check_numbers(EditConfig(**found))
+
+
+def edit_metadata(
+    info: ClipInfo,
+    clip: str,
+    config: EditConfig,
+    prompts: Sequence[str],
+    *,
+    engine: EngineName,
+    with_prompts: bool = True,
+) -> dict[str, Any]:
+    """What a written edit of the clip so named says of itself: where it is from and how to make it again.
+
+    A model in a folder is named without the folders above it, which are nobody's business; its hash tells which it is.
+    """
+    found = {
+        "software": f"tav-opt {__version__}",
+        "model": PurePath(info.base).name if PurePath(info.base).is_absolute() else info.base,
+        "model_hash": info.base_hash,
+        "clip": clip,
+        "engine": engine,
+        "steps": config.steps,
+        "guidance_scale": round(config.guidance_scale, 6),  # float32 on the wire
+        "eta": round(config.eta, 6),
+        "seed": config.seed,
+        "inversion": config.inversion,
+        "inversion_steps": info.inversion_of(config).steps,
+    }
+    return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
 
 
 def status_of_refusal(message: str) -> str:
     """The gRPC status that Triton's own refusal of a request should have, which it does not tell on a stream."""
-    return "UNAVAILABLE" if _OF_THE_QUEUE.search(message) else "INVALID_ARGUMENT"
+    if _OF_THE_QUEUE.search(message):
+        return "UNAVAILABLE"
+    return "INTERNAL" if "is not healthy" in message else "INVALID_ARGUMENT"
 
 
 def check_clip_name(name: str) -> str:
@@ -177,14 +296,20 @@ def to_tensors(
     source_frames: np.ndarray | None = None,
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
+    prompt_metadata: bool = Request.prompt_metadata,
+    left_out: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """A request as the tensors of STREAM_INPUTS; raises InputError for numbers that do not fit their dtype.
+
+    Settings that are `left_out` are the clip's.
 
     Without a preview they are those of UNARY_INPUTS too.
     """
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
-    values |= {t.name: getattr(config, t.name) for t in STREAM_INPUTS if t.name not in values}
+    values |= {"prompt_metadata": None if prompt_metadata else False}  # servers of before know no such input
+    settings = [t.name for t in STREAM_INPUTS if t.name not in values]
+    values |= {name: None if name in left_out else getattr(config, name) for name in settings}
     return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
 
 
@@ -198,6 +323,17 @@ def _to_tensor(tensor: ServedTensor, value: Any) -> np.ndarray:
         return np.array(values, dtype=NUMPY[tensor.dtype])
     except OverflowError:
         raise InputError(f"{tensor.name} {value} does not fit {tensor.dtype}") from None
+
+
+def to_clip_tensors(info: ClipInfo) -> dict[str, np.ndarray]:
+    """What a client may know of a clip, as the tensors of CLIPS_OUTPUTS."""
+    return {tensor.name: _to_tensor(tensor, getattr(info, tensor.name)) for tensor in CLIPS_OUTPUTS}
+
+
+def from_clip_tensors(tensors: Mapping[str, np.ndarray]) -> ServedClip:
+    """The inverse of `to_clip_tensors`."""
+    values: dict[str, Any] = {name: array.tolist()[0] for name, array in tensors.items()}
+    return ServedClip(**values | {"prompt": values["prompt"].decode()})
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:
@@ -221,13 +357,15 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:
     request = Request(
         edit=EditConfig(prompts=tuple(prompts), **settings),
         source_frames=frames,
+        given=frozenset(settings),
         **{name: value[0] for name, value in values.items()},
     )
-    _check(request)
+    check_request(request)
     return request
 
 
-def _check(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raises InputError for values that make no sense together."""
     if request.output not in get_args(Output):
         raise InputError(f"output {request.output[:63]!r} is not {' or '.join(get_args(Output))}")
     if request.preview_interval < 0:

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tav_opt import checkpoint
-from tav_opt.config import InputError
-from tav_opt.ddim import Schedule
-from tav_opt.files import read_json
-from tav_opt.pixels import to_frames, to_unit
-from tav_opt.unet import VideoUNet, inflate
+from tav_opt.base import configuration, weights
+from tav_opt.base.directory import Base, checked_base, resolve
+from tav_opt.config import InputError, PathLike, first_line, texts
+from tav_opt.ddim import Schedule, Timestep, timestep_rows
+from tav_opt.device import usable_device
+from tav_opt.files import read_object, refuse_pointer
+from tav_opt.unet import VideoUNet, clip_value_names, inflate
+from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 diffusers_logging.set_verbosity_error()  # configurations of 2022 hold entries that it warns of
+transformers_logging.set_verbosity_error()  # what of its tables matters is said below, in one line
 transformers_logging.disable_progress_bar()  # of loading a text encoder: half a second
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL)
+
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Of the VAE's attention, until diffusers 0.17."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusion:
     """The parts of one base model, its UNet inflated."""
 
-    path: Path
+    base: Base
     unet: VideoUNet
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -42,108 +52,80 @@ class StableDiffusion:
     @property
     def vae_factor(self) -> int:
         """Pixels of a side to one latent (8 for Stable Diffusion)."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self.base.vae_factor
 
-
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a model: the path itself, or a snapshot of a Hugging Face repository.
-
-    Raises InputError when it is neither.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if len(path.parts) != 2 or path.is_absolute() or str(path_or_hub_id).startswith("."):
-        raise InputError(f"model {str(path_or_hub_id)!r} is neither a directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{part}/*.{kind}" for part in _PARTS for kind in ("json", "txt", "safetensors")]
-    try:
-        found = snapshot_download(
-            str(path_or_hub_id), allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]
-        )
-    except Exception as error:  # the hub raises many kinds, and all of them mean the same here
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model {str(path_or_hub_id)!r} is no directory, and the hub does not give it: {reason}"
-        ) from None
-    return Path(found)
-
-
-def vae_factor(path: Path) -> int:
-    """Pixels of a side to one latent (8 for Stable Diffusion), from the VAE's configuration."""
-    return int(2 ** (len(read_json(path / "vae" / "config.json")["block_out_channels"]) - 1))
-
-
-def native_size(path_or_hub_id: str | Path) -> int:
-    """Pixels of a side that the model was trained on."""
-    path = resolve(path_or_hub_id)
-    return int(read_json(path / "unet" / "config.json")["sample_size"]) * vae_factor(path)
+    @torch.no_grad()
+    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w)."""
+        return self.unet(latents, timestep_rows(timestep, latents), text)
 
 
 def load_video_unet(
-    path_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path_or_hub_id: PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> VideoUNet:
     """An inflated UNet from an SD 1.x/2.x model (or its `unet/`), a directory the reference saved, or our checkpoint.
 
     Raises InputError for UNets of another kind and for files that are missing, corrupt or unpickle code.
     """
+    device = usable_device(device)
     path = resolve(path_or_hub_id)
     if checkpoint.is_checkpoint(path):
-        return _load_tuned(path, dtype, device)
-    folder = path / "unet" if (path / "unet").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{path} holds no UNet: {folder / 'config.json'} does not exist")
-    config = read_json(folder / "config.json")
-    weights = checkpoint.load_tensors(checkpoint.weights_file(folder))
-    if checkpoint.is_reference_unet(config):
-        unet = inflate(_image_unet(checkpoint.image_config(config)))
-        _load_strictly(unet, weights, folder)
+        tuned = checkpoint.load(path)
+        unet = _unet_of(checked_base(tuned.info.base, tuned.info.base_hash))
+        put_values(unet, tuned.values)
     else:
-        image = _image_unet(config)
-        _load_strictly(image, weights, folder)
-        unet = inflate(image)
+        folder = path / "unet" if (path / "unet").is_dir() else path
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{path} holds no UNet: {folder / 'config.json'} does not exist")
+        config = read_object(folder / "config.json")
+        configuration.check_unet(config, folder / "config.json")
+        unet = _unet(config, weights.files(folder))
     return unet.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _load_tuned(path: Path, dtype: torch.dtype, device: str | torch.device) -> VideoUNet:
-    tuned = checkpoint.load(path)
-    unet = load_video_unet(checked_base(tuned.info.base, tuned.info.base_hash), dtype=dtype, device=device)
-    put_values(unet, tuned.values)
-    return unet
+def _unet_of(base: Base) -> VideoUNet:
+    return _unet(base.configs["unet"], base.files["unet"])
 
 
-def checked_base(base: str | Path, expected_hash: str) -> Path:
-    """The directory of a checkpoint's base model; raises InputError when its content is not what was tuned."""
-    path = resolve(base)
-    if (found := checkpoint.base_hash(path)) != expected_hash:
-        raise InputError(
-            f"base {base} has hash {found[:12]}, but the clip was tuned on {expected_hash[:12]}: use that model"
-        )
-    return path
+def _unet(config: dict[str, Any], files: list[Path]) -> VideoUNet:
+    folder = files[0].parent
+    if checkpoint.is_reference_unet(config):
+        unet = inflate(_empty(UNet2DConditionModel, checkpoint.image_config(config), folder))
+        _load_strictly(unet, weights.read(files), folder)
+        return unet
+    image = _empty(UNet2DConditionModel, config, folder)
+    _load_strictly(image, weights.read(files), folder)
+    return inflate(image)
 
 
 def put_values(unet: VideoUNet, values: dict[str, Tensor]) -> None:
-    """Copies a clip's own values into the UNet; raises InputError for names or shapes it does not have."""
+    """Copies a clip's own values into the UNet.
+
+    Raises InputError for names or shapes it does not have, and where one is missing that no image model has either.
+    """
     own = dict(unet.named_parameters())
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
             raise InputError(f"value {name} {tuple(value.shape)} does not fit this UNet")
         own[name].data.copy_(value)
+    if missing := [name for name in clip_value_names(unet, ()) if name not in values]:
+        raise InputError(f"value {missing[0]} is missing, which no image model brings")
 
 
-def _image_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+def _empty(kind: type[Model], config: dict[str, Any], folder: Path) -> Model:
+    """A model of diffusers without values: weights follow at once, and random ones would cost seconds for SD 1.x."""
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    settings.setdefault("mid_block_type", "UNetMidBlock2DCrossAttn")
-    # Weights follow at once: random ones would cost seconds for SD 1.x.
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(settings)
-    return unet.to_empty(device="cpu")
-
-
-def _load_strictly(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
-        found = model.load_state_dict(weights, strict=False)
+        with torch.device("meta"):
+            model = kind.from_config(settings)
+    except Exception as error:  # of as many kinds as there are ways to be wrong
+        raise InputError(f"{folder / 'config.json'} describes no {kind.__name__}: {first_line(error)}") from None
+    return model.to_empty(device="cpu")
+
+
+def _load_strictly(model: torch.nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        found = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise InputError(f"{folder}: weights do not fit the configuration: {reason}") from None
@@ -153,46 +135,84 @@ def _load_strictly(model: torch.nn.Module, weights: dict[str, Tensor], folder: P
 
 
 def load(
-    path_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path_or_hub_id: PathLike | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> StableDiffusion:
     """All parts of a Stable Diffusion directory or hub repository, the UNet inflated.
 
     Raises InputError for parts that are missing or corrupt.
     """
-    path = resolve(path_or_hub_id)
-    for part in _PARTS:
-        if not (path / part).is_dir():
-            raise InputError(f"model {path} lacks {part}/: a Stable Diffusion directory has {', '.join(_PARTS)}")
-    _check_weights(path / "vae")
-    _check_weights(path / "text_encoder")
-    safe = checkpoint.weights_file(path / "vae").suffix == ".safetensors"
-    vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=safe)
-    text_encoder = CLIPTextModel.from_pretrained(path / "text_encoder", dtype=dtype)
+    device = usable_device(device)
+    base = Base.at(path_or_hub_id)
+    if halves := [f"{part}/{files[0].name}" for part, files in base.files.items() if weights.is_half(files[0].name)]:
+        _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
+    tokenizer = _tokenizer(base)
+    vae = _vae(base)
+    text_encoder = _text_encoder(base, dtype)
     return StableDiffusion(
-        path=path,
-        unet=load_video_unet(path, dtype=dtype, device=device),
-        vae=vae.to(device).eval().requires_grad_(False),
+        base=base,
+        unet=_unet_of(base).to(device=device, dtype=dtype).eval().requires_grad_(False),
+        vae=vae.to(device, dtype).eval().requires_grad_(False),
         text_encoder=text_encoder.to(device).eval().requires_grad_(False),
-        tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer"),
-        schedule=Schedule.from_config(read_json(path / "scheduler" / "scheduler_config.json")),
+        tokenizer=tokenizer,
+        schedule=Schedule.from_config(base.configs["scheduler"]),
     )
 
 
-def _check_weights(folder: Path) -> None:
-    file = checkpoint.weights_file(folder)
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except Exception as error:
-            raise InputError(f"{file} is corrupt: {error}") from None
-    else:
-        checkpoint.load_tensors(file)
+def _vae(base: Base) -> AutoencoderKL:
+    folder = base.path / "vae"
+    vae = _empty(AutoencoderKL, base.configs["vae"], folder)
+    old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
+    tensors = weights.read(base.files["vae"])
+    _load_strictly(vae, {old.sub(lambda found: _OLD_NAMES[found[0]], name): x for name, x in tensors.items()}, folder)
+    return vae
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+def _text_encoder(base: Base, dtype: torch.dtype) -> CLIPTextModel:
+    folder = base.path / "text_encoder"
+    try:
+        model, found = CLIPTextModel.from_pretrained(  # nosec B615  # of tensors that were read
+            None,
+            config=CLIPTextConfig.from_dict(configuration.text_config(base.configs["text_encoder"])),
+            state_dict=weights.read(base.files["text_encoder"]),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{folder / 'config.json'} describes no text encoder: {first_line(error)}") from None
+    for fault in ("missing", "mismatched"):
+        if names := [name if isinstance(name, str) else name[0] for name in found[f"{fault}_keys"]]:
+            raise InputError(f"{folder}: weights do not fit the configuration ({fault} {sorted(names)[:1]}, …)")
+    return model
+
+
+def _tokenizer(base: Base) -> CLIPTokenizer:
+    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing."""
+    folder, text = base.path / "tokenizer", configuration.text_config(base.configs["text_encoder"])
+    names = [file.name for file in folder.iterdir()]
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= {*names}:
+        raise InputError(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
+    for name in names:
+        if name.endswith((".json", ".txt")):
+            refuse_pointer(folder / name)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)  # nosec B615  # a folder
+    except Exception as error:
+        raise InputError(f"{folder} holds no CLIP tokenizer: {first_line(error)}") from None
+    if len(tokenizer) > (known := text.get("vocab_size", 49408)):
+        raise InputError(
+            f"{base.path}: tokenizer and text encoder do not belong together: {len(tokenizer)} tokens, "
+            f"vocab_size = {known}"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.get("max_position_embeddings", 77))
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: str | Sequence[str]) -> Tensor:
     """Prompts → token ids (prompts, tokens), padded; raises InputError naming words beyond the length."""
-    length = tokenizer.model_max_length
+    prompts, length = list(texts("prompts", prompts)), tokenizer.model_max_length
     for prompt in prompts:
         ids = tokenizer(prompt, truncation=False).input_ids
         if len(ids) > length:
@@ -203,7 +223,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_prompt(sd: StableDiffusion, prompts: list[str]) -> Tensor:
+def encode_prompt(sd: StableDiffusion, prompts: str | Sequence[str]) -> Tensor:
     """Prompts → text (prompts, tokens, width), the text encoder's last hidden state."""
     ids = tokenize(sd.tokenizer, prompts).to(sd.text_encoder.device)
     return sd.text_encoder(ids)[0]
@@ -229,8 +249,8 @@ def encode_video(
 def decode_video(sd: StableDiffusion, latents: Tensor, *, batch: int = 8) -> np.ndarray:
     """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3), `batch` frames at a time."""
     images = latents.transpose(1, 2).flatten(0, 1) / sd.vae.config.scaling_factor  # (b f) c h w
-    frames = np.concatenate([to_frames(sd.vae.decode(part).sample) for part in images.to(sd.vae.dtype).split(batch)])
-    return frames.reshape(latents.shape[0], latents.shape[2], *frames.shape[1:])
+    frames = torch.cat([to_frames(sd.vae.decode(part).sample) for part in images.to(sd.vae.dtype).split(batch)])
+    return to_host(frames).reshape(latents.shape[0], latents.shape[2], *frames.shape[1:])
 
 
 def check_size(height: int, width: int, factor: int) -> None:

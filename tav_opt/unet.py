@@ -17,22 +17,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tav_opt.attention import VideoTransformerBlock
+from tav_opt.base.configuration import check_unet
 from tav_opt.config import InputError
-
-# Configurations that put more than text and time into the UNet, or other blocks than Stable Diffusion 1.x and 2.x have.
-_UNSUPPORTED = {
-    "class_embed_type": None,
-    "addition_embed_type": None,
-    "encoder_hid_dim_type": None,
-    "encoder_hid_dim": None,
-    "num_class_embeds": None,
-    "time_cond_proj_dim": None,
-    "resnet_time_scale_shift": "default",
-    "dual_cross_attention": False,
-    "only_cross_attention": False,
-    "mid_block_only_cross_attention": None,
-    "attention_type": "default",
-}
 
 
 class ClipGroupNorm(nn.GroupNorm):
@@ -102,7 +88,7 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
     Attention over frames 0 and i-1, text per clip, temporal attention, norms over the clip, one time row per clip
     (paper section 3.2, figure 4). Raises InputError, naming the setting, for UNets that are not of the SD 1.x/2.x kind.
     """
-    _check(unet)
+    check_unet(unet.config, "UNet")
     for module in list(unet.modules()):
         if isinstance(module, BasicTransformerBlock):
             module.__class__ = VideoTransformerBlock
@@ -115,21 +101,6 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
     unet.conv_norm_out.__class__ = ClipGroupNorm
     unet.__class__ = VideoUNet
     return cast(VideoUNet, unet)
-
-
-def _check(unet: UNet2DConditionModel) -> None:
-    for name, supported in _UNSUPPORTED.items():
-        if (value := unet.config.get(name)) not in (supported, None):
-            raise InputError(
-                f"UNet: {name} = {value!r} is not supported (Stable Diffusion 1.x and 2.x have {supported!r})"
-            )
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D) and (module.upsample or module.downsample or module.time_emb_proj is None):
-            raise InputError("UNet: resnets that resample or take no time embedding are not supported")
-        if isinstance(module, BasicTransformerBlock) and module.attn2 is None:
-            raise InputError("UNet: transformer blocks without text attention are not supported")
-    if unet.conv_norm_out is None:
-        raise InputError("UNet: norm_num_groups = None is not supported")
 
 
 def trained_names(unet: nn.Module, trainable: Iterable[str]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before a test imports onnxruntime
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -31,6 +33,16 @@ def tensors(golden: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(golden / "unet_sd1" / "tensors.safetensors")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_proxy_to_this_machine() -> Iterator[None]:
+    """For the connections of the tests themselves; those of the product are test_serving_surroundings'."""
+    loopback = "localhost,127.0.0.1,::1"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.setenv(name, ",".join(filter(None, (os.environ.get(name), loopback))))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

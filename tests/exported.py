@@ -14,11 +14,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tav_opt import checkpoint, ddim, models
+from tav_opt.base.directory import Base
 from tav_opt.checkpoint import Checkpoint
-from tav_opt.config import TrainConfig
+from tav_opt.config import EngineChoice, TrainConfig
 from tav_opt.contract import ClipInfo
-from tav_opt.export import graphs, half, repository
-from tav_opt.files import read_json
+from tav_opt.engines import registry
+from tav_opt.engines.exported import ExportedBase
+from tav_opt.export import exporting, graphs, half
+from tav_opt.repository import specs
+from tav_opt.repository.layout import info_of
 from tav_opt.unet import clip_value_names, inflate
 
 FRAMES, SIDE, STEPS = 4, 64, 4
@@ -54,13 +58,9 @@ def tuned(base: Path, frames: np.ndarray, seed: int) -> Checkpoint:
     models.put_values(sd.unet, values)
     latents = models.encode_video(sd, frames)
 
-    @torch.no_grad()
-    def predict(x: torch.Tensor, timestep: int, text: torch.Tensor) -> torch.Tensor:
-        return sd.unet(x, torch.full((x.shape[0],), timestep), text)
-
     info = ClipInfo(
         base=str(base),
-        base_hash=checkpoint.base_hash(base),
+        base_hash=Base.at(base).hash,
         prompt="a panda is skiing",
         frames=len(frames),
         height=frames.shape[1],
@@ -68,7 +68,7 @@ def tuned(base: Path, frames: np.ndarray, seed: int) -> Checkpoint:
         fps=8.0,
         inversion_steps=STEPS,
     )
-    inverted = ddim.invert(predict, latents, models.encode_prompt(sd, [""]), sd.schedule, STEPS)
+    inverted = ddim.invert(sd.predict, latents, models.encode_prompt(sd, [""]), sd.schedule, STEPS)
     return Checkpoint(info=info, values=values, source_latents=latents, inverted_latents=inverted)
 
 
@@ -93,8 +93,15 @@ def untuned_graph(image: UNet2DConditionModel, latent_shape: Sequence[int]) -> g
 
 def half_unet(like: Exported, folder: Path) -> Path:
     """The small model's UNet in fp16."""
-    names = read_json(like.base / "manifest.json")["values"].values()
+    names = specs.value_inputs(like.base).values()
     return half.write(like.base / "unet.onnx", folder / "unet.half.onnx", set(names))
+
+
+def open_base(like: Exported, engine: EngineChoice = "auto", *, threads: int | None = None) -> ExportedBase:
+    """The base of the clip `first`, on the processor."""
+    info = info_of(like.version / "clips" / "first")
+    choice = registry.choose(like.base, info, torch.device("cpu"), engine)
+    return registry.open_base(like.base, info, choice, threads=threads)
 
 
 def export_once(golden: Path, temporary: Path) -> Exported:
@@ -111,7 +118,7 @@ def _export(golden: Path, temporary: Path) -> Exported:
     base = golden / "reference_checkpoint" / "sd"
     checkpoint.save(tuned(base, frames, seed=1), folder / "First Clip", settings={})
     errors: dict[str, float] = {}
-    repository.export(
+    exporting.export(
         folder / "First Clip",
         folder / "repository",
         name="first",

@@ -10,10 +10,10 @@ import torch
 from tav_opt import ddim
 from tav_opt.config import EditConfig
 from tav_opt.contract import ClipInfo
+from tav_opt.memory.promises import Memory
 from tav_opt.serving import decoding
 from tav_opt.serving.edits import Editor
 from tav_opt.serving.inversions import Inversions
-from tav_opt.serving.memory import Memory
 from tav_opt.serving.report import Report
 
 SHORT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5)
@@ -28,6 +28,8 @@ class FakeEngine:
     schedule = ddim.Schedule.from_config({})
     source_latents = inverted_latents = torch.zeros(1, 4, 2, 2, 2)
     revision = "r1"
+    kind = "onnxruntime"
+    frames_at_once = 4
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -44,7 +46,8 @@ class FakeEngine:
         self.batches.append(latents.shape[0])
         return torch.zeros_like(latents)
 
-    def decode(self, latents):
+    def decode(self, latents, on_part=lambda: None):
+        on_part()
         return np.zeros((latents.shape[0], latents.shape[2], 8, 8, 3), np.uint8)
 
     def extra_bytes(self, prompts, *, encode=False):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,12 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
+from tav_opt.client import channel
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import STREAM_MODEL, status_of_refusal
-from tav_opt.serving import tritonserver
-from tav_opt.serving.server import ServeConfig, Server
+from tav_opt.serving.host import tritonserver
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import Server
 
 STATUS_SECONDS = 60
 """By then every request has an answer."""
@@ -37,6 +40,14 @@ def serving(repository: Path, config: WorkerConfig) -> Iterator[Server]:
         pytest.skip(str(lacking))
     with Server(ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0, worker=config)) as server:
         yield server
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for something to become true: the server's log comes by a pipe, behind its answers."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
 
 
 def processes(server: Server) -> set[int]:
@@ -92,8 +103,7 @@ class Wire:
     """A gRPC connection that sends anything."""
 
     def __init__(self, url: str) -> None:
-        sizes = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        self.channel = grpc.insecure_channel(url, options=sizes)
+        self.channel = grpc.insecure_channel(url, options=channel.OPTIONS + channel.DIRECT)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
     def ask(

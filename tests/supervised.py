@@ -18,8 +18,8 @@ from exported import export_once
 
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_MODEL
-from tav_opt.serving import tritonserver
-from tav_opt.serving.server import ServeConfig
+from tav_opt.serving.host import tritonserver
+from tav_opt.serving.host.serve_config import ServeConfig
 
 CLIP = "first"
 SHORT = EditConfig(prompts=("a panda is skiing",), steps=2, guidance_scale=7.5)
@@ -45,11 +45,18 @@ def workers(process: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
     return sorted(found, key=lambda p: STREAM_MODEL not in below[p])
 
 
+def triton(process: subprocess.Popen) -> psutil.Process:
+    """The tritonserver that `tav-opt serve` runs."""
+    (found,) = (child for child in psutil.Process(process.pid).children() if child.name() == "tritonserver")
+    return found
+
+
 class Serving:
     """`tav-opt serve` as a process of its own."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        code = "import sys; from tav_opt.cli import main; sys.exit(main(sys.argv[1:]))"
+        hears = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whatever runs the tests ignores
+        code = f"{hears}; import sys; from tav_opt.cli import main; sys.exit(main(sys.argv[1:]))"
         ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "serve", "--repository", folder, *ports, *options],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     ("config",),
-    ("files", "free_memory", "command", "reference_config", "sources", "sheet"),
-    ("contract", "video", "ddim", "kernels", "pixels"),
-    ("attention", "checkpoint", "model_repository"),
-    ("unet", "resume"),
-    ("models",),
+    ("files", "command", "progress", "reference", "loopback", "device", "schemas"),
+    ("contract", "video", "ddim", "kernels", "base", "plots"),
+    ("clip_folder",),
+    ("attention", "checkpoint", "repository"),
+    ("unet", "tuning_state"),
+    ("models", "tuning_step"),
     ("memory",),
-    ("tuning", "editing", "engines"),
+    ("editing", "engines"),
+    ("tuning",),
     ("export", "serving", "client"),
-    ("demo", "clips"),
+    ("demo",),
     ("cli",),
 )
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
@@ -31,8 +35,8 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT / "tav_opt").parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms a file imports, also inside functions; those for type checking alone do not count."""
+def imported(path: Path) -> set[str]:
+    """What a file imports of the package, also inside functions; what is for type checking alone does not count."""
     tree = ast.parse(path.read_text())
     guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     skipped = {id(child) for guard in guarded for child in ast.walk(guard)}
@@ -45,7 +49,20 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("tav_opt.")}
+    return {name for name in names if name.startswith("tav_opt.")}
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files of the package that a file imports: a module, or the package's own where a name stands in it."""
+    found = set()
+    for name in imported(path):
+        parts = ROOT.joinpath(*name.split("."))
+        for candidate in (parts, parts.parent):
+            files = [file for file in (candidate.with_suffix(".py"), candidate / "__init__.py") if file in FILES]
+            if files:
+                found.add(files[0])
+                break
+    return found - {path}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -54,8 +71,25 @@ def test_imports_run_one_way(path):
     if room == "__init__":
         return
     assert room in ROOM, f"{room} stands in no row of the house"
-    for other in imported_rooms(path) - {room, "__version__"}:
+    for other in {name.split(".")[1] for name in imported(path)} - {room, "__version__"}:
         assert ROOM[other] < ROOM[room], f"{path.relative_to(ROOT)} imports {other}, which is not above {room}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Inside a wing too."""
+    sorter = graphlib.TopologicalSorter({path: imported_files(path) for path in FILES})
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(str(path.relative_to(ROOT)) for path in error.args[1]))
+
+
+def test_no_two_files_of_one_name_where_one_would_do():
+    """Runtimes and formats are named alike where they are built and where they run, and a command's file is named for
+    the command; nothing else is."""
+    names = Counter(path.name for path in FILES if room_of(path) != "cli" and not path.name.startswith("__"))
+    alike = {name for name, count in names.items() if count > 1}
+    assert alike <= {"compiled.py", "tensorrt.py", "sparse_causal.py", "clips.py", "files.py", "graphs.py"}, alike
 
 
 def test_no_folder_of_the_root_is_importable_as_kernels_or_export():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tav_opt import checkpoint, files, models
+from tav_opt.base.directory import Base
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.pytorch import open_checkpoint
@@ -25,7 +26,7 @@ def saved(golden, tmp_path_factory):
     latents = torch.randn(1, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     made = checkpoint.Checkpoint(
         info=ClipInfo(
-            base=str(base), base_hash=checkpoint.base_hash(base), prompt="a man is skiing",
+            base=str(base), base_hash=Base.at(base).hash, prompt="a man is skiing",
             frames=5, height=64, width=64, fps=8.0, inversion_steps=8,
         ),
         values={name: value for name, value in tuned.named_parameters() if name in names},

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import comments
 
-from tav_opt import cli, video
+from tav_opt import cli, client, video
 
 ROOT = Path(__file__).parents[1]
 FRAMES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
@@ -92,11 +94,52 @@ def test_prompts_are_refused(capsys, tuned, clip, sd, tmp_path, prompt, words):
     assert not list(tmp_path.glob("*.mp4"))
 
 
-def test_edit_writes_each_prompt(capsys, tuned, tmp_path):
-    options = ["--prompt", "a cat", "--prompt", "a dog", "--steps", "1", "--inversion-steps", "2"]
-    status, out, _ = run(capsys, "edit", tuned, *options, "--out", tmp_path / "e.gif")
+def test_edits_and_the_source_beside_them(capsys, tuned, tmp_path):
+    options = "--steps 1 --inversion-steps 2 --guidance 3 --seed 5".split()
+    usual = ["edit", tuned, "--prompt", "a cat", "--prompt", "a dog", *options]
+    status, out, error = run(capsys, *usual, "--out", tmp_path / "e.gif")
     assert status == 0 and {path.name for path in tmp_path.iterdir()} == {"e-1.gif", "e-2.gif"}
-    assert video.read(tmp_path / "e-1.gif").frames.shape == (3, 64, 64, 3) and "e-2.gif" in out
+    edits = [video.read(tmp_path / name).frames for name in ("e-1.gif", "e-2.gif")]
+    assert edits[0].shape == (3, 64, 64, 3) and "e-2.gif" in out
+    told = error.splitlines()
+    assert told[0].startswith("tav-opt edit: --seed 5 has no effect") and error.count("no effect") == 1
+    assert told[1] == "tav-opt edit: pytorch on cpu in float32"
+    expected = {"model": "sd", "clip": "ckpt", "steps": 1, "guidance_scale": 3, "seed": 5, "prompts": ["a dog"]}
+    assert comments(tmp_path / "e-2.gif")[0] | expected == comments(tmp_path / "e-2.gif")[0]
+
+    assert run(capsys, *usual, "--side-by-side", "--no-prompt-metadata", "--out", tmp_path / "all")[0] == 0
+    together = video.read(tmp_path / "all").frames
+    assert len(together) == 3 and together.shape[2] > 3 * 256 > together.shape[1]
+    for panel, edit in enumerate(edits, start=1):
+        left = 12 + panel * (256 + 12)
+        shown = together[:, -12 - 256 : -12, left : left + 256].reshape(3, 64, 4, 64, 4, 3).mean((2, 4))
+        assert np.abs(shown - edit).mean() < 12
+    for path in (tmp_path / "all").iterdir():
+        assert comments(path)[0]["clip"] == "ckpt"
+        assert not any(word in path.read_bytes() for word in (b"cat", b"dog", b"prompt")), path
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seed", "5"], True),
+        (["--seed=33"], True),
+        (["--seed", "5", "--eta", "0.5"], False),
+        (["--seed", "5", "--no-inversion"], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("clips", [{}, {"inversion": False}], ids=["usual", "never inverted"])
+def test_a_seed_without_effect_is_said_to_have_none(capsys, monkeypatch, tmp_path, options, said, clips):
+    """Of what was used: a clip may say itself that it is not inverted."""
+
+    def edited(_self, clip, config, *, left_out, **_options):
+        used = replace(config, **{name: value for name, value in clips.items() if name in left_out})
+        return client.Edit(frames=FRAMES[None], fps=8, metadata=({"inversion": used.inversion, "eta": used.eta},))
+
+    monkeypatch.setattr(client.Client, "edit", edited)
+    status, _, error = run(capsys, "request", "--clip", "x", "--prompt", "x", *options, "--out", tmp_path / "e.gif")
+    assert status == 0 and ("has no effect" in error) == (said and not clips) and error.count("\n") <= int(said), error
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from tritonclient.grpc import service_pb2_grpc
 from tav_opt.client import AsyncClient, Client, Edit, Progress, Retry, ServerError, Tls
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import STREAM_MODEL
+from tav_opt.serving.gateway.behind import Triton
+from tav_opt.serving.gateway.grpc_face import GrpcFace
 
 FRAMES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(1, 2, 4, 4, 3)
 QUICK = Retry(first_pause_s=0.01, longest_pause_s=0.02)
@@ -139,6 +141,20 @@ def test_the_request_is_what_the_contract_says(triton):
     assert raw["steps"] == ("INT32", [1], b"\x07\x00\x00\x00")
     assert raw["seed"] == ("UINT64", [1], b"\xff" * 7 + b"\x7f")
     assert 25e6 < sent.parameters["timeout"].int64_param <= 30e6, "microseconds in Triton's queue"
+
+
+@both
+def test_every_attempt_has_the_id_that_the_result_and_the_error_name(triton, face):
+    scripted, url = triton
+    full = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+    scripted.acts = [[full], ANSWERS, [failed_edit(b"INTERNAL", b"KeyError: 'x'")]]
+    _, edit = edited(face, url)
+    with pytest.raises(ServerError) as caught:
+        edited(face, url)
+    ids = [request.id for request in scripted.requests]
+    assert ids == [edit.request_id, edit.request_id, caught.value.request_id]
+    assert len(set(ids)) == 2 and all(ids)
+    assert str(caught.value) == f"KeyError: 'x' (INTERNAL, request {ids[2]})"
 
 
 def zip_tensors(message):
@@ -436,6 +452,25 @@ def test_an_absent_server_is_named_with_what_to_do(face):
             edited(face, url)
 
 
+@both
+def test_a_gateway_without_a_server_behind_it_is_no_absent_server(face):
+    """What it says is that the server comes back."""
+
+    async def run() -> None:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # bound, not listening
+            gateway = grpc.aio.server()
+            gateway.add_generic_rpc_handlers((GrpcFace(Triton(nobody.getsockname()[1], "key")),))
+            port = gateway.add_insecure_port("127.0.0.1:0")
+            await gateway.start()
+            with pytest.raises(ServerError, match="being started anew") as caught:
+                await asyncio.to_thread(edited, face, f"127.0.0.1:{port}", retry=Retry(attempts=1))
+            assert caught.value.status == "UNAVAILABLE"
+            await gateway.stop(None)
+
+    asyncio.run(run())
+
+
 def test_settings_that_do_not_fit_the_wire_leave_the_client_usable():
     with Client("127.0.0.1:1") as client:
         for seed in (-1, 2**64):
@@ -484,19 +519,64 @@ def test_both_sides_prove_who_they_are(secured, face):
     np.testing.assert_array_equal(edit.frames, FRAMES)
 
 
-@pytest.mark.parametrize("change", ["no certificate", "another authority", "no TLS"])
-def test_who_cannot_be_trusted_is_not_served(secured, change, tmp_path):
+@both
+def test_a_client_without_a_certificate_is_told_that_one_may_be_asked_for(secured, face):
     url, files = secured
-    tls: Tls | None = Tls(**files)
-    if change == "no certificate":
-        tls = Tls(root_certificates=files["root_certificates"])
-    elif change == "another authority":
-        trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
-        tls = Tls(**{**files, "root_certificates": tmp_path / "other.pem"})
-    else:
-        tls = None
-    with pytest.raises(InputError, match="no server answers"):
-        edited("threads", url, tls=tls, retry=Retry(attempts=1))
+    tls = Tls(root_certificates=files["root_certificates"])
+    with pytest.raises(InputError, match=rf"no server answers at {url}: .*--certificate, --key"):
+        edited(face, url, tls=tls, retry=Retry(attempts=1))
+
+
+AT_ONCE = Retry(on_pause=lambda why, _seconds: pytest.fail(why))
+"""What trying again would not mend is told without trying."""
+
+
+@both
+def test_a_server_of_another_authority_is_not_trusted(secured, face, tmp_path):
+    url, files = secured
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    with pytest.raises(InputError, match=rf"certificate of {url} is not trusted .*--root-certificates"):
+        edited(face, url, tls=Tls(**{**files, "root_certificates": tmp_path / "other.pem"}), retry=AT_ONCE)
+
+
+@both
+def test_a_server_of_another_name_is_not_trusted(secured, face):
+    url, files = secured
+    other = url.replace("localhost", "127.0.0.1")
+    with pytest.raises(InputError, match=rf"certificate of {other} is for another name"):
+        edited(face, other, tls=Tls(**files), retry=AT_ONCE)
+
+
+@both
+def test_a_client_without_tls_is_told_to_try_it(secured, face):
+    url, _ = secured
+    with pytest.raises(InputError, match=rf"the server at {url} speaks TLS: try --tls"):
+        edited(face, url, retry=AT_ONCE)
+
+
+@both
+def test_a_client_with_tls_is_told_that_the_server_has_none(triton, face):
+    _, url = triton
+    with pytest.raises(InputError, match=rf"the server at {url} speaks no TLS: try without --tls"):
+        edited(face, url, tls=Tls(), retry=AT_ONCE)
+
+
+@both
+@pytest.mark.parametrize("tls", [None, Tls()], ids=["plain", "TLS"])
+def test_a_port_that_only_closes_connections_may_yet_become_a_server(face, tls):
+    """So does a proxy whose server has not started: tried again, and in the end no more is claimed than is known."""
+    with socket.create_server(("127.0.0.1", 0)) as s, futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(close_all, s)
+        url = f"127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"no server answers at {url}: is it running"):
+            edited(face, url, tls=tls, retry=Retry(attempts=2, first_pause_s=0.01))
+        s.shutdown(socket.SHUT_RDWR)
+
+
+def close_all(listening: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            listening.accept()[0].close()
 
 
 def test_files_that_are_none_are_named(tmp_path):

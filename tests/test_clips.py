@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from exported import FRAMES, SIDE, Exported, export_once, write_other
 
-from tav_opt import clips, models
+from tav_opt import models
 from tav_opt.cli import main
 from tav_opt.config import InputError
-from tav_opt.engines.onnxruntime import open_clip
+from tav_opt.engines.registry import open_clip
+from tav_opt.export import exporting
+from tav_opt.repository import clips
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_adding_to_a_base_copies_values_only(
 
 
 def test_a_base_goes_with_its_last_clip(repository: Path, other: Path) -> None:
-    clips.add(other, repository, name="second")
+    exporting.add(other, repository, name="second")
     (base,) = bases(repository)
     assert clips.remove(repository, ["first"]) == []
     assert bases(repository) == [base]
@@ -114,10 +116,10 @@ def test_no_repository_is_said(tmp_path: Path) -> None:
 ADD = """
 import sys
 from pathlib import Path
-from tav_opt import clips
+from tav_opt.export.exporting import add
 for number in range(3):
-    clips.add(Path(sys.argv[1]), Path(sys.argv[2]), name="contested")
-    clips.add(Path(sys.argv[1]), Path(sys.argv[2]), name=f"{sys.argv[3]}-{number}")
+    add(Path(sys.argv[1]), Path(sys.argv[2]), name="contested")
+    add(Path(sys.argv[1]), Path(sys.argv[2]), name=f"{sys.argv[3]}-{number}")
 """
 
 

@@ -61,6 +61,7 @@ def test_every_setting_of_a_request_is_served():
     assert names - {"prompt"} == ({f.name for f in fields(EditConfig)} | {f.name for f in fields(Request)}) - {
         "prompts",
         "edit",
+        "given",
     }
     assert names - {t.name for t in UNARY_INPUTS} == {"preview_interval"}
 

@@ -31,7 +31,12 @@ def test_inversion_equals_the_reference_trajectory(reference, tensors):
     predict, schedule = reference
     steps = []
     ddim.invert(
-        predict, tensors["ddim.latent0"], tensors["ddim.uncond"], schedule, 10, on_step=lambda _, x: steps.append(x)
+        predict,
+        tensors["ddim.latent0"],
+        tensors["ddim.uncond"],
+        schedule,
+        10,
+        on_step=lambda x: steps.append(x.latents),
     )
     for number, (ours, theirs) in enumerate(zip(steps, tensors["ddim.inversion_trajectory"][1:], strict=True)):
         assert (ours - theirs).abs().max() < 1e-5, f"step {number}"
@@ -50,7 +55,7 @@ def test_guided_sampling_equals_the_reference_trajectory(reference, tensors):
         10,
         unconditional=uncond,
         guidance_scale=12.5,
-        on_step=lambda _, x: steps.append(x),
+        on_step=lambda x: steps.append(x.latents),
     )
     assert schedule.timesteps(10) == tensors["ddim.timesteps"].tolist()
     for number, (ours, theirs) in enumerate(zip(steps, tensors["ddim.guided_sampling_trajectory"], strict=True)):
@@ -71,7 +76,8 @@ def test_sampling_equals_diffusers_step_by_step(prediction_type, offset, steps):
         x = theirs.step(smooth(x, t, text), t, x).prev_sample
         expected.append(x)
     found = []
-    ddim.sample(smooth, start, text, ddim.Schedule.from_config(config), steps, on_step=lambda _, y: found.append(y))
+    on_step = lambda x: found.append(x.latents)  # noqa: E731
+    ddim.sample(smooth, start, text, ddim.Schedule.from_config(config), steps, on_step=on_step)
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), f"step {number} of {steps}: {(a - b).abs().max():.1e}"
 
@@ -135,13 +141,51 @@ def test_guidance_is_one_batched_call_and_equals_two():
     assert batches == [2, 2, 2] and torch.allclose(found, by_hand, atol=1e-4)
 
 
-def test_stops_between_steps():
+@pytest.mark.parametrize("stage", [ddim.invert, ddim.sample], ids=["invert", "sample"])
+def test_what_the_callback_raises_ends_the_loop_after_that_step(stage):
     seen = []
+
+    def on_step(step: ddim.Step) -> None:
+        seen.append((step.stage, step.number, step.total))
+        if step.number == 4:
+            raise ddim.Stopped
+
+    schedule, text = ddim.Schedule.from_config(SD), torch.zeros(1, 2, 3)
     with pytest.raises(ddim.Stopped):
-        schedule = ddim.Schedule.from_config(SD)
-        text = torch.zeros(1, 2, 3)
-        ddim.sample(smooth, torch.zeros(1, 4, 1, 2, 2), text, schedule, 9, on_step=lambda n, _: seen.append(n) or n < 4)
-    assert seen == [1, 2, 3, 4]
+        stage(smooth, torch.zeros(1, 4, 1, 2, 2), text, schedule, 9, on_step=on_step)
+    assert seen == [(stage.__name__, number, 9) for number in (1, 2, 3, 4)]
+
+
+def test_the_clean_latents_of_every_step_are_those_it_predicts():
+    """A network that knows the noise predicts the clean latents exactly, from the first step on, either way."""
+    schedule = ddim.Schedule.from_config({})
+    clean, noise = torch.randn((2, 1, 4, 2, 3, 3), generator=torch.Generator().manual_seed(1)).double()
+    first = schedule.timesteps(5)[0]
+    for stage, alpha in ((ddim.sample, schedule.alpha(first)), (ddim.invert, schedule.final_alpha_cumprod)):
+        start, seen = ddim.noised(clean, noise, alpha), []
+        stage(lambda *_: noise, start, torch.zeros(1, 1, 1), schedule, 5, on_step=seen.append)
+        assert [step.number for step in seen] == [1, 2, 3, 4, 5]
+        assert max((step.clean - clean).abs().max() for step in seen) < 1e-9
+
+
+def test_text_may_be_a_mapping_which_the_loop_only_passes():
+    """Conditions beside the text reach `predict` in the rows of their latents."""
+    schedule, start = ddim.Schedule.from_config(SD), torch.randn(2, 4, 2, 3, 5)
+    cond = {"text": torch.full((2, 2, 3), 0.3), "pose": torch.tensor([1.0, 2.0])}
+    uncond = {"pose": torch.tensor([1.0, 2.0]), "text": torch.zeros(2, 2, 3)}
+
+    def predict(x: torch.Tensor, t: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([smooth(a, t, b) * pose for a, b, pose in zip(x, given["text"], given["pose"], strict=True)])
+
+    found = ddim.sample(predict, start, cond, schedule, 3, unconditional=uncond, guidance_scale=4.0)
+    for row in (0, 1):
+        one, none = ({name: x[row : row + 1] for name, x in given.items()} for given in (cond, uncond))
+        alone = ddim.sample(predict, start[row : row + 1], one, schedule, 3, unconditional=none, guidance_scale=4.0)
+        assert torch.allclose(found[row], alone[0], atol=1e-4), f"row {row}"
+    assert not torch.allclose(*(x / start[row] for row, x in enumerate(found)), atol=0.1), "its pose counts"
+    for other in (uncond["text"], {"text": uncond["text"]}):
+        with pytest.raises(InputError, match="not made of the same tensors"):
+            ddim.sample(predict, start, cond, schedule, 3, unconditional=other, guidance_scale=4.0)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

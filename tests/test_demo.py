@@ -11,9 +11,10 @@ import pytest
 from exported import FRAMES, SIDE, export_once
 from PIL import Image
 
+import tav_opt
 from tav_opt import cli, video
 from tav_opt.config import InputError
-from tav_opt.serving.tritonserver import find_tritonserver
+from tav_opt.serving.host.tritonserver import find_tritonserver
 
 CLIPS = {
     "man-skiing": ("a man is skiing", "a panda is skiing"),
@@ -58,7 +59,7 @@ def test_in_process_on_the_packages_own_clip(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["demo", "--in-process", "--out", str(out), "--edit", "a tiger", *SMALL]) == 0
     said = capsys.readouterr().out
-    assert ("RANDOM" in said) != (Path(cli.__file__).parent / "demo" / "model").is_dir()
+    assert ("RANDOM" in said) != (Path(tav_opt.__file__).parent / "demo" / "model").is_dir()
     assert np.asarray(video.read(out / "side-by-side.mp4").frames).std() > 10
 
 
@@ -97,10 +98,10 @@ def test_latency_times_only_right_engines(golden, tmp_path, tmp_path_factory, mo
     assert latency.measure(config, ckpt, repository) == 0
     assert "onnxruntime" in (tmp_path / "latency.json").read_text() and "UNet step, b = 2" in capsys.readouterr().out
 
-    from tav_opt.engines.onnxruntime import OnnxEngine
+    from tav_opt.engines.exported import ExportedEngine
 
-    right = OnnxEngine.decode
-    monkeypatch.setattr(OnnxEngine, "decode", lambda self, latents: right(self, latents) // 2)
+    right = ExportedEngine.decode
+    monkeypatch.setattr(ExportedEngine, "decode", lambda self, latents: right(self, latents) // 2)
     (tmp_path / "latency.json").unlink()
     assert latency.measure(config, ckpt, repository) == 1 and not (tmp_path / "latency.json").exists()
     assert "wrong" in capsys.readouterr().err

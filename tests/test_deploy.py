@@ -12,7 +12,9 @@ import tyro
 import yaml
 
 from tav_opt.cli import COMMANDS
-from tav_opt.serving.server import DRAIN_SECONDS, UNLOAD_SECONDS, ServeConfig
+from tav_opt.serving.gateway.settings import DRAIN_SECONDS
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import UNLOAD_SECONDS
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "serving" / "deploy"

@@ -13,6 +13,7 @@ from tav_opt import ddim, editing, models
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.pytorch import TorchEngine
+from tav_opt.video.pixels import to_frames
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,11 @@ CONFIG = EditConfig(prompts=("a panda is skiing",), steps=8, inversion_steps=8, 
 
 def test_edit_equals_the_reference_end_to_end(engine, expected, monkeypatch):
     floats = []
-    monkeypatch.setattr(models, "to_frames", lambda pixels: floats.append(pixels) or _quantise(pixels))
+    monkeypatch.setattr(models, "to_frames", lambda pixels: floats.append(pixels) or to_frames(pixels))
     editing.edit(engine, CONFIG)
     found = (torch.cat(floats) / 2 + 0.5).clamp(0, 1).transpose(0, 1)[None]
     error = (found - expected["edited_video_unit_range"]).abs().max().item()
     assert error < 2e-4, f"largest error {error:.1e} of 0…1"
-
-
-def _quantise(pixels: torch.Tensor) -> np.ndarray:
-    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 
 def test_own_source_is_inverted_only_for_other_steps(engine):
@@ -70,8 +67,16 @@ def test_seeded_noise_without_inversion(engine):
 
 
 def test_stops_between_steps(engine):
+    seen = []
+
+    def leave(*step: object) -> None:
+        seen.append(step)
+        if len(seen) == 3:
+            raise ddim.Stopped
+
     with pytest.raises(ddim.Stopped):
-        editing.edit(engine, CONFIG, on_progress=lambda stage, step, total: not (stage == "invert" and step == 3))
+        editing.edit(engine, CONFIG, on_progress=leave)
+    assert seen == [("invert", step, 8) for step in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from encoded import comments
 from fakes import GIB, LONG, SHORT, FakeEngine, Stop, answered, editor, told
 
 from tav_opt import ddim, video
 from tav_opt.config import InputError
 from tav_opt.contract import to_tensors
+from tav_opt.memory.promises import Memory
 from tav_opt.serving import decoding, failures, previews
 from tav_opt.serving.failures import DeadlinePassed, Unavailable
 from tav_opt.serving.inversions import Inversions
-from tav_opt.serving.memory import Memory
 
 
 def test_every_step_is_told_of_and_the_frames_come_last():
@@ -138,6 +140,22 @@ def test_mp4_is_of_the_frames():
     assert [(clip.frames.shape, clip.fps) for clip in found] == [((2, 8, 8, 3), 8.0)] * 2
 
 
+@pytest.mark.parametrize("with_prompts", [True, False])
+@pytest.mark.parametrize("output", ["mp4", "frames"])
+def test_edits_say_how_they_were_made(tmp_path, output, with_prompts):
+    config = replace(SHORT, prompts=("a", "b"), seed=9, negative_prompt="c")
+    tensors = to_tensors("toy", config, output=output, prompt_metadata=with_prompts)
+    last = answered(editor(FakeEngine()), tensors)[0][-1]
+    said = [json.loads(text) for text in last["metadata"]]
+    assert [(one["clip"], one["seed"], one["steps"]) for one in said] == [("toy", 9, SHORT.steps)] * 2
+    assert [one.get("prompts") for one in said] == ([["a"], ["b"]] if with_prompts else [None, None])
+    assert [one.get("negative_prompt") for one in said] == ["c" if with_prompts else None] * 2
+    if output == "mp4":
+        for number, (data, one) in enumerate(zip(last["video"], said, strict=True)):
+            (tmp_path / f"{number}.mp4").write_bytes(data)
+            assert comments(tmp_path / f"{number}.mp4") == [one]
+
+
 class Linear(FakeEngine):
     """Its decoder is a linear map of the latents, four pixels square each."""
 
@@ -148,7 +166,7 @@ class Linear(FakeEngine):
         self.inverted_latents = self.source_latents
         self.matrix = torch.rand((4, 3), generator=generator) - 0.5
 
-    def decode(self, latents):
+    def decode(self, latents, on_part=lambda: None):
         colours = torch.einsum("bcfhw,cd->bfhwd", latents, self.matrix) + 0.1
         pixels = ((colours / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return pixels.repeat_interleave(4, 2).repeat_interleave(4, 3).numpy()
@@ -174,15 +192,3 @@ def test_a_preview_is_what_the_decoder_would_show():
     other = torch.rand((1, 4, 2, 2, 2), generator=torch.Generator().manual_seed(7)) - 0.5
     expected = engine.decode(other)[:, :, ::4, ::4]
     assert abs(previews.picture(other, colours).astype(int) - expected).max() <= 2
-
-
-def test_the_clean_latents_are_told_of_at_every_step():
-    """A network that knows the noise predicts the clean latents exactly, from the first step on."""
-    schedule = ddim.Schedule.from_config({})
-    clean, noise = torch.randn((2, 1, 4, 2, 3, 3), generator=torch.Generator().manual_seed(1)).double()
-    seen = []
-    first = schedule.alpha(schedule.timesteps(5)[0])
-    start = first**0.5 * clean + (1 - first) ** 0.5 * noise
-    ddim.sample(lambda *_: noise, start, torch.zeros(1, 1, 1), schedule, 5, on_clean=lambda n, x: seen.append((n, x)))
-    assert [number for number, _ in seen] == [1, 2, 3, 4, 5]
-    assert max((found - clean).abs().max() for _, found in seen) < 1e-9

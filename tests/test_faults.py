@@ -6,9 +6,9 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -22,14 +22,15 @@ import psutil
 import pytest
 import supervised
 import trustme
+from served import until
 from supervised import CLIP, SHORT
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tav_opt.client import AsyncClient, Client, Retry, ServerError, Tls
 from tav_opt.config import InputError
 from tav_opt.contract import STREAM_MODEL
-from tav_opt.serving.probe import probe
-from tav_opt.serving.server import Server
+from tav_opt.serving.host.probe import probe
+from tav_opt.serving.host.server import Server
 
 LONG = replace(SHORT, steps=1000)
 ONCE = Retry(attempts=1)
@@ -50,14 +51,6 @@ def server(repository):
 def expected(server):
     with Client(server.grpc_url) as client:
         return client.edit(CLIP, SHORT).frames
-
-
-def until(what, seconds: float = 60) -> None:
-    """Waits for something to become true."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
 
 
 def test_refused_requests_between_edits_do_no_harm(server, expected):
@@ -101,7 +94,7 @@ def test_a_client_killed_amid_its_edit_is_cancelled(server, expected):
     server.log.clear()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    until(lambda: any("CANCELLED" in line for line in server.log))
+    until(lambda: any("CANCELLED" in line for line in list(server.log)))
     with Client(server.grpc_url) as client:
         np.testing.assert_array_equal(client.edit(CLIP, SHORT).frames, expected)
 
@@ -184,9 +177,10 @@ def _waits(run: supervised.Serving, count: int) -> bool:
 
 
 def test_only_this_machine_is_listened_to(server):
-    listening = [c for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"]
-    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
-    assert len({c.laddr.port for c in listening}) == 3
+    for process, ports in ((server.process, 2), (server.front.process, 4)):
+        listening = [c for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]
+        assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
+        assert len({c.laddr.port for c in listening}) == ports
 
 
 def post(url: str, body: dict) -> tuple[int, str]:
@@ -240,7 +234,7 @@ def test_nobody_administers_the_server_over_grpc(server, method, request_):
 @pytest.mark.full
 def test_without_the_restriction_models_could_not_be_unloaded_either(repository, server):
     """The model-control API itself is off: the restriction is the second lock."""
-    with Server(supervised.on_free_ports(repository)) as other:
+    with Server(supervised.on_free_ports(repository, direct=True)) as other:
         (option,) = [o for o in psutil.Process(other.process.pid).cmdline() if o.startswith("--http-restricted-api")]
         key, _, value = option.rpartition(":")[2].partition("=")
         url = f"{other.http_url}/v2/repository/models/{STREAM_MODEL}/unload"
@@ -288,7 +282,22 @@ def test_mutual_tls(repository, certificates, expected):
         for refused in (None, Tls(root_certificates=certificates / "ca.pem"), tls("stranger")):
             with Client(secured.grpc_url, tls=refused, retry=ONCE) as client, pytest.raises(InputError):
                 client.edit(CLIP, SHORT)
-        assert probe(secured.http_url, secured.metrics_url).state == "alive", "the probe needs no certificate"
+        assert secured.http_url.startswith("https://")
+        for name, status in (("client", 200), ("stranger", None)):
+            trust = ssl.create_default_context(cafile=certificates / "ca.pem")
+            trust.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+            assert ready(secured.http_url, trust) == status
+        health = json.loads(urllib.request.urlopen(secured.metrics_url.replace("metrics", "health")).read())
+        assert health["state"] == "alive", "the probe needs no certificate"
+
+
+def ready(url: str, trust: ssl.SSLContext) -> int | None:
+    """The status of the server's readiness; None where it does not speak with such a client."""
+    try:
+        with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10, context=trust) as answer:
+            return answer.status
+    except OSError:
+        return None
 
 
 @pytest.mark.full

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from onnx import TensorProto
 
 from tav_opt.export import half, layers, parity
 from tav_opt.export.rounding import cast_to, rounded
+from tav_opt.repository import specs
 
 pytest.importorskip("polygraphy")
 
@@ -49,7 +49,7 @@ def test_the_graph_is_fp16_but_for_its_islands(exported: Exported, unet: Path) -
     model = half.fixed(unet, 2, "standard")
     check(model, unet)
     found = types(model)
-    values = set(json.loads((exported.base / "manifest.json").read_text())["values"].values())
+    values = set(specs.value_inputs(exported.base).values())
     for tensor in model.graph.input:
         kind = TensorProto.FLOAT16 if tensor.name in values else TensorProto.FLOAT
         assert found[tensor.name] == (TensorProto.INT64 if tensor.name == "timestep" else kind), tensor.name
@@ -75,7 +75,7 @@ def test_the_sinusoid_is_whole(unet: Path) -> None:
 
 def test_the_plugin_graph_has_the_nodes_and_nothing_of_their_body(exported: Exported, unet: Path) -> None:
     plugin, standard = half.fixed(unet, 2, "plugin"), half.fixed(unet, 2, "standard")
-    names = json.loads((exported.base / "manifest.json").read_text())["values"]
+    names = specs.value_inputs(exported.base)
     attentions = sum(name.endswith("attn1.to_q.weight") for name in names)
     nodes = [node for node in plugin.graph.node if node.domain == "tav_opt"]
     assert len(nodes) == attentions > 0 and not plugin.functions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 from fakes import GIB, Stop
 
 from tav_opt import ddim
+from tav_opt.config import InversionConfig
 from tav_opt.serving import inversions
 from tav_opt.serving.failures import DeadlinePassed
 from tav_opt.serving.inversions import Inversions
@@ -27,7 +29,7 @@ def cache(folder: Path | None, **changes) -> Inversions:
 
 
 def name_of(number: int) -> str:
-    return inversions.key("r", number, "clip")
+    return inversions.key("r", InversionConfig(steps=number), "clip")
 
 
 def never():
@@ -41,8 +43,14 @@ def test_inversions_survive_a_restart_bit_for_bit(tmp_path):
 
 
 def test_every_part_of_the_key_counts():
-    keys = {inversions.key(r, s, c) for r in ("a", "b") for s in (1, 11) for c in ("clip", "1 clip", "frames 1")}
+    configs = [InversionConfig(steps=steps) for steps in (1, 11)]
+    keys = {inversions.key(r, i, c) for r in ("a", "b") for i in configs for c in ("clip", "1 clip", "frames 1")}
     assert len(keys) == 12
+
+
+def test_what_was_cached_before_inversions_had_a_configuration_is_found():
+    name = hashlib.sha256(b"r 50 clip").hexdigest()
+    assert inversions.key("r", InversionConfig(steps=50), "clip") == name
 
 
 def test_memory_and_disk_are_bounded_and_what_was_used_last_stays(tmp_path):
@@ -78,12 +86,13 @@ def test_a_full_disk_costs_only_the_copy(tmp_path):
     code = f"""
 import resource, signal, torch
 from pathlib import Path
+from tav_opt.config import InversionConfig
 from tav_opt.serving.inversions import Inversions, key
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 troubles = []
 ours = Inversions(memory_limit=1 << 30, folder=Path({str(tmp_path)!r}), disk_limit=1 << 30, on_trouble=troubles.append)
-found = [ours.get(key("r", 1, "clip"), lambda: torch.ones(1, 4, 250, 1, 1))[1] for _ in range(2)]
+found = [ours.get(key("r", InversionConfig(steps=1), "clip"), lambda: torch.ones(1, 4, 250, 1, 1))[1] for _ in range(2)]
 assert found == ["computed", "memory"], found
 assert len(troubles) == 1 and "not kept on disk" in troubles[0], troubles
 """

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tav_opt
 from tav_opt import video
 from tav_opt.config import InputError
 from tav_opt.demo import subjects, world
@@ -24,7 +25,7 @@ from tav_opt.files import read_json
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 
 SHAPES = subjects.shapes()
-PACKAGE = Path(video.__file__).parent / "demo"
+PACKAGE = Path(tav_opt.__file__).parent / "demo"
 
 
 def test_the_locator_learns_where_the_subject_is() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tav_opt.config import InputError
-from tav_opt.kernels.layout import split_width
+from tav_opt.kernels.inputs import split_width
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 

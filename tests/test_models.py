@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tav_opt import models
 from tav_opt.config import InputError
-from tav_opt.pixels import to_frames, to_unit
+from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_posterior_sample_is_seeded_and_differs_from_the_mean(sd):
 
 def test_pixels_survive_the_way_there_and_back():
     frames = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
-    assert np.array_equal(to_frames(to_unit(frames)), frames)
+    assert np.array_equal(to_host(to_frames(to_unit(frames))), frames)
 
 
 def test_sd1_config_without_mid_block_type_and_safetensors_unet_load(golden, copy):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tav_opt.serving import probe as probing
-from tav_opt.serving.probe import probe
+from tav_opt.config import InputError
+from tav_opt.serving.host import probe as probing
+from tav_opt.serving.host.probe import probe
 
 NOT_HEALTHY = "Stub process 'tune_a_video_stream_0_0' is not healthy."
 
@@ -127,6 +129,29 @@ def test_waiting_requests_that_fail_one_by_one_are_a_dead_worker(ask):
     health, asked = ask([page(waiting=3, failed=2), page(waiting=1, failed=4)], 400, NOT_HEALTHY)
     assert (health.state, asked) == ("dead", [])
     assert "2 waiting requests failed" in health.reason
+
+
+def test_a_port_that_speaks_no_http_is_no_living_server(ask):
+    """Such as the one of gRPC, which begins with its own words."""
+
+    def speak() -> None:
+        connection, _ = s.accept()
+        with connection, connection.makefile("rb") as asked:
+            while b"}" not in asked.read1():  # whole, or closing would reset the connection
+                pass
+            connection.sendall(b"\0\0\x18\4\0\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        threading.Thread(target=speak, daemon=True).start()
+        health, _ = ask([page()], http_url=f"http://127.0.0.1:{s.getsockname()[1]}")
+    assert health.state == "dead"
+    assert "is not to be read: BadStatusLine" in health.reason
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "", "8000", "file:///etc/passwd"])
+def test_an_address_is_a_url(url):
+    with pytest.raises(InputError, match=r"is no URL, e\.g\. http://localhost:8000"):
+        probe(url, "http://127.0.0.1:9/metrics")
 
 
 @pytest.mark.parametrize("mute", ["http", "metrics"])

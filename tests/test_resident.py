@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import onnx
@@ -14,16 +15,17 @@ import torch
 from tav_opt import checkpoint
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule
-from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine, session
-from tav_opt.engines.working_memory import WorkingMemory
-from tav_opt.export.repository import hashes
+from tav_opt.engines.exported import ExportedBase, ExportedEngine
+from tav_opt.engines.onnxruntime import OnnxGraphs
+from tav_opt.export.exporting import hashes
 from tav_opt.files import write_json
+from tav_opt.repository import specs
 
 VALUES = {f"down.{n}.weight": f"w{n}" for n in range(4)}
 GRAPH = """
     <ir_version: 10, opset_import: ["" : 20]>
-    g (float[b, 4] latents, int64[b] timestep, float[b, 7] text,
-       float[512, 512] w0, float[512, 512] w1, float[512, 512] w2, float[512, 512] w3) => (float[b, 4] noise) {
+    g (float[b, 4, 1, 1, 1] latents, int64[b] timestep, float[b, 7] text,
+       float[512, 512] w0, float[512, 512] w1, float[512, 512] w2, float[512, 512] w3) => (float[b, 4, 1, 1, 1] noise) {
         wide = Concat <axis = 1> (w0, w1, w2, w3, w0, w1, w2, w3)
         square = Mul (wide, wide)
         cube = Mul (square, wide)
@@ -36,32 +38,36 @@ GRAPH = """
 """4 MB of values, several times as much while it runs."""
 
 
-def open_base(folder: Path) -> OnnxBase:
-    path = folder / "unet.onnx"
-    onnx.save(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(GRAPH)), path)
-    return OnnxBase(
-        folder=folder / info().exported_base,
+def open_base(folder: Path) -> ExportedBase:
+    folder = folder / info().exported_base
+    folder.mkdir()
+    onnx.save(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(GRAPH)), folder / "unet.onnx")
+    told = {"version": 1, "base_hash": info().base_hash, "latents": [4, 1, 1, 1], "tokens": 7, "scaling_factor": 1.0}
+    graphs = [asdict(specs.of_onnx(folder / "unet.onnx", VALUES))]
+    write_json(folder / "manifest.json", {**told, "scheduler": {}, "graphs": graphs, "files": hashes(folder)})
+    return ExportedBase(
+        folder=folder,
         revision="1",
-        sessions=dict.fromkeys(GRAPHS, session(path, torch.device("cpu"), threads=1)),
+        latents=(1, 4, 1, 1, 1),
         tokenizer=None,  # type: ignore[arg-type]
         tokens=7,
         value_inputs=VALUES,
         schedule=Schedule.from_config({"beta_start": 0.1, "beta_end": 0.2, "num_train_timesteps": 10}),
-        device=torch.device("cpu"),
-        working=dict.fromkeys(GRAPHS, WorkingMemory.of(path)),
+        engine="onnxruntime",
+        graphs=OnnxGraphs(folder, info(), torch.device("cpu"), 1),
     )
 
 
 def info() -> ClipInfo:
     return ClipInfo(
-        base="", base_hash="0" * 64, prompt="a panda", frames=1, height=8, width=8, fps=8.0, inversion_steps=2
+        base="sd", base_hash="0" * 64, prompt="a panda", frames=1, height=8, width=8, fps=8.0, inversion_steps=2
     )
 
 
 def write_clip(folder: Path) -> Path:
     folder.mkdir()
     checkpoint.save_tensors({name: torch.rand(512, 512).half() for name in VALUES}, folder / checkpoint.VALUES)
-    latents = torch.rand(1, 4)
+    latents = torch.rand(1, 4, 1, 1, 1)
     checkpoint.save_tensors({"source": latents, "inverted": latents + 1}, folder / checkpoint.LATENTS)
     write_json(folder / "manifest.json", {**info().to_json(), "files": hashes(folder)})
     return folder
@@ -77,10 +83,10 @@ def measured(folder: Path) -> tuple[int, list[int]]:
     folders = [write_clip(folder / f"clip-{number}") for number in range(9)]
     base, clips, memory = open_base(folder), [], []
     for path in folders:
-        clips.append(OnnxEngine.open(path, base))
+        clips.append(ExportedEngine.open(path, base))
         clips[-1].predict(clips[-1].inverted_latents, 5, torch.zeros(1, 7))
         memory.append(resident())
-    return clips[0].nbytes, memory
+    return clips[0].held_bytes, memory
 
 
 def test_eight_clips_more_are_eight_times_their_values(tmp_path: Path) -> None:

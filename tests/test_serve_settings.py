@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import supervised
+import tyro
+from google.protobuf import text_format
 from supervised import CLIP, SHORT
+from tritonclient.grpc import model_config_pb2
 
 from tav_opt import cli
 from tav_opt.client import Client, Retry, ServerError
 from tav_opt.config import WorkerConfig
 from tav_opt.contract import STREAM_MODEL
-from tav_opt.model_repository import configure, write_model_files
+from tav_opt.repository.model_files import configure, write_model_files
+from tav_opt.serving.host import gpus
+from tav_opt.serving.host.serve_config import ServeConfig
 
 LONG = replace(SHORT, steps=1000)
 
@@ -62,6 +67,41 @@ def test_a_setting_out_of_range_is_named(repository, capsys):
     assert cli.main(["serve", "--repository", str(repository), "--grpc-port", "0", "--queue-size", "0"]) == 2
     error = capsys.readouterr().err
     assert "queue size 0 is not within" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "words"),
+    [
+        ("0,1", 0, "gpus 0,1: PyTorch sees no GPU"),
+        ("1,3", 2, "gpus 1,3: there is no GPU 3; there are 0, 1"),
+        ("1,1", 2, "gpus 1,1: one is named twice"),
+        ("-1", 2, "there is no GPU -1"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused_in_one_line(repository, monkeypatch, capsys, asked, there, words):
+    monkeypatch.setattr(gpus, "present", lambda: range(there))
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    assert cli.main(["serve", "--repository", str(repository), *ports, f"--gpus={asked}"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "expected"), [((), "KIND_AUTO", []), ((1,), "KIND_GPU", [1]), ((0, 2), "KIND_GPU", [0, 2])]
+)
+def test_instances_are_placed_on_the_gpus_that_are_named_else_wherever_they_can(tmp_path, asked, kind, expected):
+    write_model_files(tmp_path / "repository")
+    configure(tmp_path / "served", tmp_path / "repository", WorkerConfig(instances=3), gpus=asked)
+    text = (tmp_path / "served" / STREAM_MODEL / "config.pbtxt").read_text()
+    (group,) = text_format.Parse(text, model_config_pb2.ModelConfig()).instance_group
+    assert (group.count, list(group.gpus)) == (3, expected)
+    assert group.Kind.Name(group.kind) == kind
+
+
+def test_gpus_come_from_the_command_line_to_the_servers_configuration():
+    found = tyro.cli(ServeConfig, args=["--gpus", "0,2", "--instances", "2"])
+    assert found.gpus == (0, 2) and found.worker.instances == 2
+    assert tyro.cli(ServeConfig, args=[]).gpus == ()
 
 
 def test_what_is_exported_later_is_served_with_the_settings_of_the_server(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +18,20 @@ import psutil
 import pytest
 import torch
 from exported import export_once
-from served import Wire, raw
-from supervised import on_free_ports
+from served import Wire, raw, until
+from supervised import on_free_ports, triton
 
-from tav_opt import checkpoint, editing, model_repository, models
+from tav_opt import checkpoint, editing, models
+from tav_opt.base.directory import Base
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.client import Client
 from tav_opt.config import EditConfig, InputError, TrainConfig
 from tav_opt.contract import STREAM_MODEL, ClipInfo, to_tensors
 from tav_opt.engines import pytorch
-from tav_opt.model_repository import write_model_files
-from tav_opt.serving import tritonserver
-from tav_opt.serving.server import Server, ServerDied
+from tav_opt.repository import model_files
+from tav_opt.repository.model_files import write_model_files
+from tav_opt.serving.host import tritonserver
+from tav_opt.serving.host.server import Server, ServerDied
 from tav_opt.unet import clip_value_names
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def ckpt(golden, tmp_path_factory) -> Path:
     source, inverted = torch.randn(2, 1, 4, 4, 8, 8, generator=generator)
     info = ClipInfo(
         base=str(base),
-        base_hash=checkpoint.base_hash(base),
+        base_hash=Base.at(base).hash,
         prompt="a man is skiing",
         frames=4,
         height=64,
@@ -116,7 +117,7 @@ def ckpt(golden, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def repository(golden, ckpt, triton_installed, tmp_path_factory) -> Path:
     """With the one clip `toy`, on the base that the tests share."""
-    from tav_opt.export.repository import export
+    from tav_opt.export.exporting import export
 
     folder = export_once(golden, tmp_path_factory.getbasetemp()).repository
     export(ckpt, folder, name="toy")
@@ -225,10 +226,7 @@ def test_leaving_an_edit_cancels_it_on_the_server(server, client):
     with pytest.raises(_Enough):
         client.edit("toy", LONG, on_progress=leave)
     client.edit("toy", SHORT)  # waits in the queue until the cancelled one has ended
-    deadline = time.monotonic() + 10  # the log comes by a pipe, behind the answers
-    while not any("CANCELLED" in line for line in list(server.log)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert any("CANCELLED" in line for line in list(server.log)), list(server.log)
+    until(lambda: any("CANCELLED" in line for line in list(server.log)))
 
 
 def test_closing_the_client_ends_its_edit(server):
@@ -301,14 +299,14 @@ ThreadingHTTPServer(("127.0.0.1", port["--metrics-port"]), Ok).serve_forever()
 """
 
 
-def test_a_server_is_ready_when_its_metrics_answer_too(tmp_path):
+def test_a_bare_server_is_ready_when_its_metrics_answer_too(tmp_path):
     """Triton opens that port last; a health check that came between the two would find nothing."""
     program = tmp_path / "tritonserver"
     program.write_text(f"#!{sys.executable}\n{SLOW_TO_OPEN}")
     program.chmod(0o755)
     write_model_files(tmp_path)
     with (
-        Server(on_free_ports(tmp_path, tritonserver=program)) as server,
+        Server(on_free_ports(tmp_path, tritonserver=program, direct=True)) as server,
         urllib.request.urlopen(server.metrics_url, timeout=5) as answer,
     ):
         assert answer.status == 200
@@ -321,7 +319,7 @@ def test_a_folder_that_is_no_repository_is_refused(tmp_path):
 
 def test_a_model_that_does_not_load_is_the_reason(triton_installed, tmp_path, monkeypatch):
     write_model_files(tmp_path)
-    monkeypatch.setattr(model_repository, "MODEL_PY", "raise ImportError('this model is broken')\n")
+    monkeypatch.setattr(model_files, "MODEL_PY", "raise ImportError('this model is broken')\n")
     with pytest.raises(ServerDied, match=r"did not start: failed to load.*this model is broken"):
         Server(on_free_ports(tmp_path))
 
@@ -362,13 +360,15 @@ def test_a_signal_lets_the_edit_in_flight_end(serving, number):
 
 def test_the_reason_is_told_when_the_server_dies(serving):
     process, _url = serving
-    (tritonserver_process,) = psutil.Process(process.pid).children()
-    workers = tritonserver_process.children()
-    tritonserver_process.kill()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "tav-opt serve: tritonserver died: killed by SIGKILL" in errors
+    running = triton(process)
+    workers = running.children()
+    running.kill()
     assert psutil.wait_procs(workers, timeout=30)[1] == [], "the worker outlived its server"
+    assert process.stdout.readline().startswith("ready")
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "tav-opt serve: tritonserver died: killed by SIGKILL" in errors
 
 
 def test_nothing_is_left_of_a_stopped_server(repository):

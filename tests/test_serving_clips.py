@@ -16,10 +16,10 @@ from fakes import GIB, answered, editor
 from tav_opt import editing
 from tav_opt.config import EditConfig
 from tav_opt.contract import to_tensors
-from tav_opt.export import repository
-from tav_opt.serving import clips, failures
+from tav_opt.export import exporting
+from tav_opt.memory.promises import Memory
+from tav_opt.serving import catalogue, failures, resident
 from tav_opt.serving.failures import Unavailable, UnknownClip
-from tav_opt.serving.memory import Memory
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def two_clips(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> P
     """A version folder with the clips `first` and `other` on one base."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(exported.repository, folder / "repository")
-    repository.export(write_other(exported, folder), folder / "repository", name="other")
+    exporting.export(write_other(exported, folder), folder / "repository", name="other")
     return folder / "repository" / "tune_a_video_stream" / "1"
 
 
@@ -42,7 +42,7 @@ def folder(two_clips: Path, tmp_path: Path) -> Path:
 
 
 def test_clips_that_are_not_there_and_clips_that_are_damaged(tmp_path):
-    found = clips.Clips(tmp_path, limit=GIB)
+    found = resident.Clips(tmp_path, limit=GIB)
     for name in ("toy", "../toy", "", "x" * 10_000, "a\x00b", "."):
         with pytest.raises(UnknownClip, match="exported are: none") as caught:
             found.get(name)
@@ -59,7 +59,7 @@ def test_clips_that_are_not_there_and_clips_that_are_damaged(tmp_path):
 
 @pytest.mark.parametrize("damage", ["values.safetensors", "latents.safetensors"])
 def test_a_clip_whose_files_are_damaged_is_refused_and_the_other_served(folder, damage):
-    found = clips.Clips(folder, limit=GIB, threads=1)
+    found = resident.Clips(folder, limit=GIB, threads=1)
     (folder / "clips" / "first" / damage).write_bytes(b"\x00" * 100)
     with pytest.raises(RuntimeError, match=f"clip first cannot be opened: .*{damage}"):
         found.get("first")
@@ -70,20 +70,20 @@ def test_a_clip_whose_files_are_damaged_is_refused_and_the_other_served(folder, 
 
 
 def test_clips_share_a_base_stay_loaded_and_leave_by_their_last_use(folder):
-    found = clips.Clips(folder, limit=GIB, threads=1)
+    found = resident.Clips(folder, limit=GIB, threads=1)
     first, other = found.get("first"), found.get("other")
     assert first.base is other.base
     assert found.get("first") is first
-    assert found.resident() == (2, first.nbytes + other.nbytes)
+    assert found.resident() == (2, first.held_bytes + other.held_bytes)
     assert first.revision != other.revision
-    small = clips.Clips(folder, limit=first.nbytes, threads=1)
+    small = resident.Clips(folder, limit=first.held_bytes, threads=1)
     small.get("first"), small.get("other")
-    assert small.resident() == (1, other.nbytes)
+    assert small.resident() == (1, other.held_bytes)
     assert small.get("other").info.frames == 4
 
 
 def test_clips_that_are_replaced_or_removed_are_noticed(folder):
-    found = clips.Clips(folder, limit=GIB, threads=1)
+    found = resident.Clips(folder, limit=GIB, threads=1)
     before = found.get("first")
     os.rename(folder / "clips" / "first", folder / "clips" / ".first.old")
     os.rename(folder / "clips" / "other", folder / "clips" / "first")
@@ -97,11 +97,11 @@ def test_clips_that_are_replaced_or_removed_are_noticed(folder):
 
 
 def test_a_clip_that_is_away_for_a_moment_while_it_is_replaced_is_found(folder):
-    found = clips.Clips(folder, limit=GIB, threads=1)
+    found = resident.Clips(folder, limit=GIB, threads=1)
     found.get("first")
     os.rename(folder / "clips" / "first", folder / "clips" / ".first.old")
     timer = threading.Timer(
-        clips.REPLACED_SECONDS / 4, os.rename, (folder / "clips" / ".first.old", folder / "clips" / "first")
+        catalogue.REPLACED_SECONDS / 4, os.rename, (folder / "clips" / ".first.old", folder / "clips" / "first")
     )
     timer.start()
     assert found.get("first").info.frames == 4
@@ -110,12 +110,12 @@ def test_a_clip_that_is_away_for_a_moment_while_it_is_replaced_is_found(folder):
 
 def test_memory_that_is_short_of_a_base_is_unavailable_with_the_figures(folder):
     with pytest.raises(Unavailable, match=r"opening base .* needs about .* GiB, cpu has 0\.00 GiB free"):
-        clips.Clips(folder, limit=GIB, threads=1, memory=Memory(lambda: 1)).get("first")
+        resident.Clips(folder, limit=GIB, threads=1, memory=Memory(lambda: 1)).get("first")
 
 
 def test_several_prompts_in_a_batch_are_those_alone(folder):
     """With eta too: the noise of each is that of its seed, whatever is beside it."""
-    engine = clips.Clips(folder, limit=GIB, threads=1).get("first")
+    engine = resident.Clips(folder, limit=GIB, threads=1).get("first")
     config = EditConfig(prompts=("a panda", "a cat is skiing", "a bear"), steps=4, guidance_scale=7.5, eta=0.5, seed=9)
     alone = np.concatenate([editing.edit(engine, replace(config, prompts=(prompt,))) for prompt in config.prompts])
     assert abs(alone[0].astype(int) - alone[1]).max() > 10, "prompts that draw the same prove nothing"

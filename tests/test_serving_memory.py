@@ -12,9 +12,9 @@ from fakes import GIB, SHORT, FakeEngine, answered, editor
 
 from tav_opt.config import WorkerConfig
 from tav_opt.contract import to_tensors
+from tav_opt.memory.promises import Memory
 from tav_opt.serving import opening
 from tav_opt.serving.failures import Unavailable
-from tav_opt.serving.memory import Memory
 
 
 def test_a_promise_holds_for_the_others_until_its_end(tmp_path):
@@ -39,7 +39,7 @@ def test_a_promise_ends_with_its_process(tmp_path):
     code = f"""if True:
         import time
         from pathlib import Path
-        from tav_opt.serving.memory import Memory
+        from tav_opt.memory.promises import Memory
         with Memory(lambda: 100, Path({str(tmp_path)!r}), "0").promised(lambda: 30):
             print("promised", flush=True)
             time.sleep(60)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tav_opt.config import InputError
-from tav_opt.sheet import contact_sheet, side_by_side
+from tav_opt.video.contact_sheet import contact_sheet, side_by_side
 
 
 def noise(frames: int, side: int = 64) -> np.ndarray:

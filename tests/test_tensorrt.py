@@ -18,9 +18,10 @@ from exported import FRAMES, Exported, export_once, half_unet, untuned_graph
 
 from tav_opt.config import InputError
 from tav_opt.engines import tensorrt_library
-from tav_opt.export import builder, estimate, graphs, half, layers, parity, tensorrt
+from tav_opt.export import graphs, half, layers, parity
 from tav_opt.export.__main__ import main
 from tav_opt.export.rounding import rounded
+from tav_opt.export.tensorrt import build, builder, estimate
 from tav_opt.files import sha256
 
 pytest.importorskip("polygraphy")
@@ -153,7 +154,7 @@ def test_an_altered_graph_is_refused(
     (path,) = repository.glob("*/1/base/*/unet.onnx")
     path.write_bytes(path.read_bytes() + b"\0")
     assert run(exported, repository, "--target", "tensorrt-rtx", "--arch", "sm86") == 2
-    assert "unet.onnx altered after export" in capsys.readouterr().err
+    assert "unet.onnx is missing or altered" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,12 +198,12 @@ def test_a_plugin_that_cannot_be_is_said_first(card: str, message: str, monkeypa
     library = tensorrt_library.Library(target="tensorrt", trt=None, version="11.4")
     monkeypatch.setattr(tensorrt_library, "load", lambda _: library)
     monkeypatch.setattr(tensorrt_library, "present_card", lambda _: card)
-    modules = {"tensorrt": None} if "sm90" in card else {"tav_opt.export.tensorrt_plugin": ModuleType("stand_in")}
+    modules = {"tensorrt": None} if "sm90" in card else {"tav_opt.export.tensorrt.plugin": ModuleType("stand_in")}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(InputError, match=message):
-        tensorrt.plan(tensorrt.EngineConfig(target="tensorrt"))
-    found = tensorrt.plan(tensorrt.EngineConfig(target="tensorrt", plugin=False))
+        build.plan(build.EngineConfig(target="tensorrt"))
+    found = build.plan(build.EngineConfig(target="tensorrt", plugin=False))
     assert found.attention == "standard" and found.cards == (card,)
 
 

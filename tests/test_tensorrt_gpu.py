@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize(("n", "width"), [(4096, 40), (1024, 80), (256, 160), (64, 160), (100, 40)])
 def test_the_plugins_ptx_by_the_driver(n: int, width: int) -> None:
     """Entry, grid, block, shared memory and scalars as `aot_impl` returns them; no more shared memory is asked for."""
-    from tav_opt.export.plugin_kernel import plugin_kernel
+    from tav_opt.export.tensorrt.plugin_kernel import plugin_kernel
     from tav_opt.kernels.tiles import architecture
 
     frames, heads = 3, 2
@@ -56,22 +56,22 @@ def test_fp16_graphs_in_onnxruntime_on_the_gpu(exported, tmp_path: Path) -> None
     import onnx
 
     from tav_opt import checkpoint, models
-    from tav_opt.engines.onnxruntime import best_device, session
+    from tav_opt.engines.onnxruntime import session, why_not
     from tav_opt.export import graphs, half, parity
 
-    if best_device().type != "cuda":
-        pytest.skip("onnxruntime has no CUDAExecutionProvider")
     tuned = checkpoint.load(exported.checkpoint)
+    if reason := why_not(exported.base, tuned.info, torch.device("cuda")):
+        pytest.skip(reason)
     sd = models.load(tuned.info.base)
     values = {name: value.float() for name, value in tuned.values.items()}
     models.put_values(sd.unet, values)
     for graph in graphs.graphs(sd, values, tuned.source_latents.shape[1:]):
-        names = set(map(graphs.input_name, graph.values or {}))
+        names = {value.name for value in graph.spec.values.values()}
         path = half.write(exported.base / f"{graph.name}.onnx", tmp_path / f"{graph.name}.half.onnx", names)
         onnx.save(half.fixed(path, 2, "onnxruntime"), tmp_path / f"{graph.name}-2.onnx")
         (feed,) = parity.feeds(graph, 2, count=1)
         (found,) = session(tmp_path / f"{graph.name}-2.onnx", torch.device("cuda")).run(None, feed)
-        expected = parity.eager(graph, feed)
+        (expected,) = parity.eager(graph, feed).values()
         error = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
         assert error <= parity.HALF_TOLERANCES[graph.name].error, f"{graph.name}: {error:.1e}"
 
@@ -84,18 +84,18 @@ def test_engines_edit_as_eager_pytorch_does(exported, target: Target, refit: boo
 
     from tav_opt import editing
     from tav_opt.engines.pytorch import open_checkpoint
-    from tav_opt.engines.tensorrt import open_clip
-    from tav_opt.export import tensorrt
+    from tav_opt.engines.registry import open_clip
+    from tav_opt.export.tensorrt import build
 
     try:
-        plan = tensorrt.plan(tensorrt.EngineConfig(target=target, refit=refit))
+        plan = build.plan(build.EngineConfig(target=target, refit=refit))
     except InputError as error:
         pytest.skip(str(error))
     repository = Path(shutil.copytree(exported.repository, tmp_path / "repository"))
     (clip,) = repository.glob("*/1/clips/first")
-    tensorrt.export(plan, clip, say=print)
+    build.export(plan, clip, say=print)
     config = EditConfig(prompts=("a cat is skiing",), steps=4, guidance_scale=7.5)
-    found = editing.edit(open_clip(repository, "first", target=target), config)
+    found = editing.edit(open_clip(repository, "first", engine="tensorrt"), config)
     expected = editing.edit(open_checkpoint(exported.checkpoint), config)
     difference = np.abs(found.astype(int) - expected.astype(int))
     assert expected.std() > 10

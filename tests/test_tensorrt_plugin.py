@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from tav_opt.export.plugin_kernel import SHARED_LIMIT, plugin_kernel
+from tav_opt.export.tensorrt.plugin_kernel import SHARED_LIMIT, plugin_kernel
 
 FRAMES, HEADS = 24, 8
 SD15 = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # tokens of a frame and head width of every level at 512²

@@ -13,8 +13,9 @@ from diffusers import UNet2DConditionModel
 from exported import untuned_graph
 
 from tav_opt.engines import tensorrt_library
-from tav_opt.export import builder, estimate, graphs, half, layers, parity
+from tav_opt.export import graphs, half, layers, parity
 from tav_opt.export.rounding import rounded
+from tav_opt.export.tensorrt import builder, estimate
 
 pytestmark = pytest.mark.full
 pytest.importorskip("polygraphy")
@@ -46,10 +47,10 @@ def test_sd15(tmp_path: Path) -> None:
     start = told("exported", start)
     assert len(graph.values or {}) == 144
 
-    found = parity.check(graph, path)
+    found = parity.check(graph, parity.in_onnxruntime(path, graph.spec))
     start = told(f"fp32 error {found.error:.1e} in onnxruntime", start)
 
-    half_path = half.write(path, tmp_path / "unet.half.onnx", set(map(graphs.input_name, graph.values or {})))
+    half_path = half.write(path, tmp_path / "unet.half.onnx", {value.name for value in graph.spec.values.values()})
     start = told("in fp16", start)
     onnx.save(rounded(half.fixed(half_path, 2, "standard")), tmp_path / "unet-2.onnx")
     halves = parity.measure_half(

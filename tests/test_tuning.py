@@ -20,10 +20,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from tav_opt import checkpoint, ddim, memory, models, resume, tuning
+from tav_opt import checkpoint, ddim, models, tuning, tuning_state, tuning_step
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.ddim import Schedule
 from tav_opt.files import read_json
+from tav_opt.memory import eager
 from tav_opt.unet import VideoUNet, clip_value_names, inflate
 from tav_opt.video import Clip
 
@@ -143,7 +144,7 @@ def test_loss_is_that_of_diffusers_process(golden: Path, kind: str) -> None:
             assert (noisy - process.add_noise(latents, noise, timesteps)).abs().max() < 1e-6
             return noisy * 0.5
 
-    loss = tuning.denoising_loss(Unet(), latents, text, Schedule.from_config(config), noise, timesteps)  # type: ignore[arg-type]
+    loss = tuning_step.denoising_loss(Unet(), latents, text, Schedule.from_config(config), noise, timesteps)  # type: ignore[arg-type]
     target = noise if kind == "epsilon" else process.get_velocity(latents, noise, timesteps)
     expected = (process.add_noise(latents, noise, timesteps) * 0.5 - target).square().mean()
     assert abs(loss - expected) < 1e-6
@@ -157,7 +158,7 @@ def test_learning_rate_is_that_of_diffusers(name: str, warmup: int) -> None:
     kind = "constant_with_warmup" if name == "constant" else name
     theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=31)
     for step in range(31):
-        assert math.isclose(tuning.lr_factor(config, step), theirs.get_last_lr()[0], abs_tol=1e-12), f"step {step}"
+        assert math.isclose(tuning_step.lr_factor(config, step), theirs.get_last_lr()[0], abs_tol=1e-12), f"step {step}"
         optimizer.step()
         theirs.step()
 
@@ -169,7 +170,7 @@ def test_accumulated_gradient_is_that_of_the_mean_loss(golden: Path) -> None:
     draw = tuning.seeded_draw(33, latents, schedule)
     draws = [draw(0, micro) for micro in range(3)]
     noises, timesteps = (torch.cat(parts) for parts in zip(*draws, strict=True))
-    batch = tuning.denoising_loss(
+    batch = tuning_step.denoising_loss(
         unet, latents.expand(3, -1, -1, -1, -1), text.expand(3, -1, -1), schedule, noises, timesteps
     )
     expected = torch.autograd.grad(batch, list(training.trained.values()))
@@ -227,7 +228,7 @@ def test_stopped_run_refuses_other_settings_and_goes_on_under_its_own(base: str,
         checkpoint.load(out)
     for other in ({"config": replace(config, lr=2e-3)}, {"prompt": "a dog"}, {"clip": clip(2)}):
         given = {"clip": clip(), "prompt": PROMPT, "config": config} | other
-        with pytest.raises(InputError, match=r"run that was stopped, with (lr|prompt|clip) "):
+        with pytest.raises(InputError, match=r"holds the state of a run with (lr|prompt|clip) "):
             tuning.tune(base, out=out, **given)  # type: ignore[arg-type]
     seen: list[int] = []
     tuning.tune(base, clip(), PROMPT, replace(config, save_every=1), out, on_step=lambda _s, i, *_: seen.append(i))
@@ -240,12 +241,12 @@ def test_run_killed_before_its_last_act_only_clears_up(
 ) -> None:
     out = tmp_path / "ckpt"
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "remove", lambda folder: (_ for _ in ()).throw(Killed))
+        patch.setattr(tuning_state, "remove", lambda folder: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             tuning.tune(base, clip(), PROMPT, QUICK, out)
     files = tuned_files(out)
     tuning.tune(base, clip(), PROMPT, QUICK, out, on_step=stop_at(6))
-    assert tuned_files(out) == files and not (out / resume.STATE).exists()
+    assert tuned_files(out) == files and not (out / tuning_state.STATE).exists()
 
 
 def _tune(base: str, out: Path, threads: int) -> None:
@@ -287,7 +288,7 @@ def test_killed_at_random_moments_ends_in_the_same_weights(base: str, tmp_path: 
         while (code := run(out, moments.uniform(0, length) if done < kills else None)) != 0:
             assert code == -9, f"after {done} kills the run ended by itself with {code}"
             done += 1
-            if checkpoint.is_checkpoint(out) and not (out / resume.STATE).exists():
+            if checkpoint.is_checkpoint(out) and not (out / tuning_state.STATE).exists():
                 break  # killed after its last act: a finished checkpoint is refused
         assert tuned_files(out) == expected, f"other weights after {done} kills"
         assert not list(out.glob("resume*")) and not list(out.glob(".*"))
@@ -312,7 +313,7 @@ def test_full_disk_is_one_line_and_keeps_the_last_state(
         patch.setattr(checkpoint, "save_file", full_after_one)
         with pytest.raises(InputError, match=r"^disk full while writing .*resume.safetensors"):
             tuning.tune(base, clip(), PROMPT, QUICK, out)
-    assert [path.name for path in out.iterdir()] == [resume.STATE]
+    assert [path.name for path in out.iterdir()] == [tuning_state.STATE]
     seen: list[int] = []
     tuning.tune(base, clip(), PROMPT, QUICK, out, on_step=lambda _s, i, *_: seen.append(i))
     assert seen[0] == 3
@@ -349,14 +350,14 @@ def test_loss_that_is_no_number_stops_the_run(golden: Path) -> None:
 
 
 def test_two_processes_do_not_tune_into_one_folder(base: str, tmp_path: Path) -> None:
-    with resume.claim(tmp_path / "ckpt"), pytest.raises(InputError, match="being tuned by another process"):
+    with tuning_state.claim(tmp_path / "ckpt"), pytest.raises(InputError, match="being tuned by another process"):
         tuning.tune(base, clip(), PROMPT, QUICK, tmp_path / "ckpt")
 
 
 def test_too_little_memory_is_said_before_anything_runs(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(eager, "free_bytes", lambda device: 2**20)
     with pytest.raises(InputError, match=r"tuning 3 frames of 64×64 needs about .* try gradient checkpointing"):
         tuning.tune(base, clip(), PROMPT, QUICK, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
@@ -415,6 +416,6 @@ def test_gradient_checkpointing_keeps_less_and_the_estimate_says_so(base: str) -
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             sd.unet(latents, torch.tensor([5]), text)
         kept.append(sum(size for address, size in sizes.items() if address not in frozen))
-        estimates.append(memory.estimate_tuning(sd, config, 4, 128, 128))
+        estimates.append(eager.estimate_tuning(sd, config, 4, 128, 128))
     assert kept[1] < 0.4 * kept[0]
     assert 0.75 < (estimates[0] - estimates[1]) / (kept[0] - kept[1]) < 1.33

@@ -94,7 +94,7 @@ def test_clip_values_are_what_trained_and_what_the_image_model_lacks():
         ({"class_embed_type": "timestep"}, "class_embed_type"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         ({"encoder_hid_dim": 7, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim"),
-        ({"down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D")}, "resnets"),
+        ({"down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D")}, "ResnetDownsampleBlock2D"),
     ],
 )
 def test_other_unets_are_refused_by_name(settings, word):

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tav_opt.config import InputError
-from tav_opt.sources import Limits
+from tav_opt.config import ClipConfig, InputError
 from tav_opt.video import decode, encode_mp4, read, write
+from tav_opt.video.containers import Limits
 
 CELL = 8
 BACKGROUND = (30, 60, 120)
@@ -52,12 +52,18 @@ def noise(frames: int = 30) -> np.ndarray:
 
 
 def encoded(
-    clip: np.ndarray, container: str, codec: str, pix_fmt: str, times: Sequence[float] | None = None, aspect: int = 1
+    clip: np.ndarray,
+    container: str,
+    codec: str,
+    pix_fmt: str,
+    times: Sequence[float] | None = None,
+    aspect: int = 1,
+    rate: int = 24,
 ) -> bytes:
     """A file made by FFmpeg, not by the code under test; `times` in seconds."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=24)
+    with av.open(file, "w", format=container, options={"avoid_negative_ts": "disabled"}) as output:
+        stream = output.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if times is not None:
@@ -139,6 +145,43 @@ def test_variable_frame_rate_counts_frames_as_shown() -> None:
     clip = decode(animated_webp(squares(4), [100, 300, 500, 900]))
     assert indices(clip.frames) == [0, 1, 2, 3]
     assert clip.fps == pytest.approx(3 / 0.9)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("matroska", "libx264"), ("matroska", "ffv1"), ("webm", "libvpx-vp9")]
+)
+@pytest.mark.parametrize("start", [-0.3, -5, -0.04, 5, 3600])
+def test_times_may_begin_anywhere(container: str, codec: str, start: float) -> None:
+    times = [start + index / 10 for index in range(8)]
+    clip = decode(encoded(squares(8), container, codec, "yuv420p", times, rate=10))
+    assert indices(clip.frames) == list(range(8))
+    assert clip.fps == pytest.approx(10, rel=0.01)
+
+
+def test_times_of_chosen_frames_below_zero() -> None:
+    data = encoded(squares(12), "matroska", "libx264", "yuv420p", [index / 10 - 0.3 for index in range(12)], rate=10)
+    assert decode(data, stride=3).fps == pytest.approx(10 / 3)
+    assert decode(data, start=1, stride=2, count=4).fps == pytest.approx(5)
+    assert decode(data, count=4, uniform=True).fps == pytest.approx(3 / 1.1, rel=0.01)
+
+
+def test_mp4_starts_late_and_hides_what_its_edit_list_hides() -> None:
+    times = [index / 10 for index in range(8)]
+    late = decode(encoded(squares(8), "mp4", "libx264", "yuv420p", [5 + time for time in times]))
+    assert indices(late.frames) == list(range(8)) and late.fps == pytest.approx(10, rel=0.01)
+    cut = decode(encoded(squares(8), "mp4", "libx264", "yuv420p", [time - 0.3 for time in times]))
+    assert indices(cut.frames) == [3, 4, 5, 6, 7] and cut.fps == pytest.approx(10, rel=0.01)
+
+
+def test_a_gap_counts_as_it_is_shown() -> None:
+    clip = decode(encoded(squares(8), "matroska", "libx264", "yuv420p", [0, 0.1, 0.2, 0.3, 2.3, 2.4, 2.5, 2.6]))
+    assert clip.fps == pytest.approx(7 / 2.6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_frame(kind: str) -> None:
+    clip = decode(movie(kind, 1))
+    assert clip.frames.shape == (1, 64, 96, 3) and 8 <= clip.fps <= 25
 
 
 def test_folder_of_images_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -372,6 +415,18 @@ def test_damage_anywhere_is_decoded_or_refused(kind: str) -> None:
     assert refused, "some damage is found"
 
 
+def test_a_configuration_chooses_all_itself(tmp_path: Path) -> None:
+    for index, frame in enumerate(squares(9)):
+        Image.fromarray(frame).save(tmp_path / f"{index}.png")
+    config = ClipConfig(video=tmp_path, start=1, stride=3, frames=3, height=32, width=16, fit="squash")
+    told = read(tmp_path, start=1, stride=3, count=3, height=32, width=16, fit="squash")
+    assert np.array_equal(read(config).frames, told.frames) and told.frames.shape == (3, 32, 16, 3)
+    spread = ClipConfig(video=tmp_path, frames=2, uniform=True, height=64, width=96)
+    assert np.array_equal(read(spread).frames, read(tmp_path).frames[[0, 8]])
+    with pytest.raises(InputError, match="stride: a ClipConfig says itself which frames are read"):
+        read(config, stride=1)
+
+
 def test_missing_and_empty_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.mp4 does not exist"):
         read(tmp_path / "none.mp4")
@@ -437,7 +492,8 @@ def test_bombs_cost_no_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(bombs()[name])
     code = (
-        "import resource, sys; from pathlib import Path; from tav_opt.video import decode, InputError\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from tav_opt.config import InputError; from tav_opt.video import decode\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (400 << 20,) * 2)\n"
         "try: decode(Path(sys.argv[1]).read_bytes(), start=2, count=1)\n"
         "except InputError: print('refused')\n"
@@ -447,7 +503,7 @@ def test_bombs_cost_no_memory(name: str, tmp_path: Path) -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, tav_opt.video, tav_opt.sheet; sys.exit('torch' in sys.modules)"
+    code = "import sys, tav_opt.video, tav_opt.video.contact_sheet; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fakes import SHORT, FakeEngine, answered, editor
 
-from tav_opt import model_repository
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import to_tensors
+from tav_opt.repository import model_files
 from tav_opt.serving import caller, opening
 from tav_opt.serving.report import Report
 
@@ -35,20 +35,20 @@ def test_settings_survive_the_configuration_file(tmp_path):
     from tritonclient.grpc import model_config_pb2
 
     config = WorkerConfig(instances=2, queue_seconds=1.5, cache=Path('/x/"y" \\z'), log_prompts=True, cache_mib=7)
-    model_repository.write_model_files(tmp_path, config)
+    model_files.write_model_files(tmp_path, config)
     text = (tmp_path / "tune_a_video_stream" / "config.pbtxt").read_text()
     parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert parsed.instance_group[0].count == 2
     assert parsed.dynamic_batching.default_queue_policy.default_timeout_microseconds == 1_500_000
     parameters = {name: {"string_value": value.string_value} for name, value in parsed.parameters.items()}
-    assert model_repository.read_parameters({"parameters": parameters}) == config
-    assert model_repository.read_parameters({}) == WorkerConfig()
+    assert model_files.read_parameters({"parameters": parameters}) == config
+    assert model_files.read_parameters({}) == WorkerConfig()
 
 
 @pytest.mark.parametrize("change", [{"instances": 0}, {"queue_size": 0}, {"queue_seconds": float("nan")}])
 def test_settings_out_of_range_are_named(tmp_path, change):
     with pytest.raises(InputError, match=next(iter(change)).replace("_", " ")):
-        model_repository.write_model_files(tmp_path, WorkerConfig(**change))
+        model_files.write_model_files(tmp_path, WorkerConfig(**change))
 
 
 def test_the_caches_folder(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tav_opt.engines.working_memory import _MARGIN, WorkingMemory
+from tav_opt.memory.graph import _MARGIN, WorkingMemory
 
 
 def save(path: Path, nodes: list, shapes: dict[str, list], weights: dict[str, np.ndarray]) -> Path:

@@ -114,8 +114,8 @@ def created(frames: int, heads: int) -> Any:
 def main() -> None:
     from tensorrt.plugin._lib import QDP_REGISTRY
 
-    from tav_opt.export import tensorrt_plugin
-    from tav_opt.export.plugin_kernel import plugin_kernel
+    from tav_opt.export.tensorrt import plugin as tensorrt_plugin
+    from tav_opt.export.tensorrt.plugin_kernel import plugin_kernel
 
     definition = QDP_REGISTRY["tav_opt::SparseCausalAttention"]
     assert definition.input_tensor_names == ["q", "k", "v"], definition.input_tensor_names

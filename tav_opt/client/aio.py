@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -10,7 +11,7 @@ from typing import Any, Unpack
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tav_opt.client.channel import Tls, check_url, connect_aio
+from tav_opt.client.channel import Tls, check_url, connect_aio, misfit, unreachable
 from tav_opt.client.exchange import (
     Edit,
     Exchange,
@@ -18,12 +19,12 @@ from tav_opt.client.exchange import (
     Progress,
     Retry,
     ServerError,
-    blamed,
     failed,
-    unreachable,
+    is_gateway,
 )
-from tav_opt.client.sync import OnProgress
-from tav_opt.config import EditConfig, InputError
+from tav_opt.client.sources import fitted, path_of
+from tav_opt.config import EditConfig, InputError, OnProgress
+from tav_opt.contract import ServedClip
 
 
 class AsyncClient:
@@ -35,12 +36,14 @@ class AsyncClient:
 
     def __init__(self, url: str = "localhost:8001", *, tls: Tls | None = None, retry: Retry | None = None) -> None:
         self.url = check_url(url)
-        self._retry = retry or Retry()
+        self._tls, self._retry = tls, retry or Retry()
         self._channel = connect_aio(url, tls)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def stream(self, clip: str, edit: EditConfig | Sequence[str], **options: Unpack[Options]) -> AsyncStream:
-        """Begins an edit, as `Client.stream` does."""
+        """Begins an edit, as `Client.stream` does; a file is fitted by `edit` alone, which can wait for it."""
+        if (path := path_of(options)) is not None:
+            raise InputError(f"{path}: `edit` fits a file to the clip; to stream, give video's bytes or source_frames")
         return AsyncStream(self, Exchange.of(clip, edit, options, self._retry))
 
     async def edit(
@@ -52,17 +55,42 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> Edit:
         """Edits an exported clip, and raises, as `Client.edit` does; cancelling the task cancels it on the server."""
+        if (path := path_of(options)) is not None:
+            began = time.monotonic()
+            served = await self.clip(clip, deadline_s=options.get("deadline_s"))
+            options = await asyncio.to_thread(fitted, options, path, served, began=began)
         async with self.stream(clip, edit, **options) as stream:
             async for progress in stream:
                 if on_progress is not None:
                     on_progress(progress.stage, progress.step, progress.steps)
             return await stream.result()
 
+    async def clip(self, name: str, *, deadline_s: float | None = None) -> ServedClip:
+        """What an exported clip is and takes in its place, as `Client.clip` tells."""
+        question = Exchange.about(name, self._retry, deadline_s)
+        while True:
+            message, timeout = question.request()
+            try:
+                return question.told(await self._stub.ModelInfer(message, timeout=timeout))
+            except grpc.RpcError as refused:
+                error = failed(refused)
+            pause = question.pause(error)
+            if pause is None:
+                raise await self._failure(question, error)
+            await asyncio.sleep(pause)
+
+    async def _failure(self, exchange: Exchange, error: ServerError) -> InputError | ServerError:
+        if exchange.is_unanswered(error) and not await self.is_live():
+            return await asyncio.to_thread(unreachable, self.url, self._tls)
+        return exchange.blamed(error)
+
     async def is_live(self) -> bool:
         """Whether a server answers at all; it may yet be too busy for an edit."""
         try:
             return bool((await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=5)).live)
-        except (grpc.RpcError, grpc.aio.UsageError):  # UsageError: of a closed channel
+        except grpc.RpcError as error:
+            return is_gateway(error)
+        except grpc.aio.UsageError:  # of a closed channel
             return False
 
     async def close(self) -> None:
@@ -142,20 +170,19 @@ class AsyncStream(AsyncIterator[Progress]):
     async def _recover(self, error: ServerError) -> None:
         """Tries again after a pause, where that is safe; raises otherwise."""
         self._ended.set()
+        if self._exchange.is_unanswered(error):
+            wrong = await asyncio.to_thread(misfit, self._client.url, self._client._tls, error.details)
+            if wrong is not None:
+                raise wrong from None
         pause = self._exchange.pause(error)
         if pause is None:
-            raise await self._failure(error) from None
+            raise await self._client._failure(self._exchange, error) from None
         try:
             await asyncio.wait_for(self._cancelled.wait(), pause)
         except TimeoutError:
             self._begin()
         else:
             raise ServerError("the edit was cancelled", "CANCELLED") from None
-
-    async def _failure(self, error: ServerError) -> InputError | ServerError:
-        if self._exchange.is_unanswered(error) and not await self._client.is_live():
-            return unreachable(self._client.url)
-        return blamed(error)
 
     async def _end(self) -> None:
         self._ended.set()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -14,8 +16,16 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tav_opt.config import EditConfig, InputError
-from tav_opt.contract import STREAM_INPUTS, STREAM_MODEL, to_tensors
+from tav_opt.config import EDIT_DEFAULTS, EditConfig, InputError, PathLike, documented
+from tav_opt.contract import (
+    CLIPS_MODEL,
+    STARTED_ANEW,
+    STREAM_INPUTS,
+    STREAM_MODEL,
+    ServedClip,
+    from_clip_tensors,
+    to_tensors,
+)
 
 _BY_TRITON = (
     ("UNAVAILABLE", re.compile("exceeds maximum queue size|request timeout expired", re.IGNORECASE)),
@@ -32,13 +42,17 @@ MAX_DEADLINE_SECONDS = 30 * 86_400
 
 
 class ServerError(RuntimeError):
-    """The server could not answer, through no fault of the request; `status` is the gRPC status, e.g. UNAVAILABLE."""
+    """The server could not answer, through no fault of the request; `status` is the gRPC status, e.g. UNAVAILABLE.
 
-    def __init__(self, details: str, status: str) -> None:
-        super().__init__(f"{details} ({status})")
-        self.details, self.status = details, status
+    `request_id` is what the server's log calls the request, where it was sent.
+    """
+
+    def __init__(self, details: str, status: str, request_id: str = "") -> None:
+        super().__init__(f"{details} ({status}{f', request {request_id}' if request_id else ''})")
+        self.details, self.status, self.request_id = details, status, request_id
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """One step of an edit is done."""
@@ -53,6 +67,7 @@ class Progress:
     """uint8 (prompts, f, h, w, 3) RGB at the latents' size, with the steps that have one."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Edit:
     """What the server made of a clip."""
@@ -62,22 +77,41 @@ class Edit:
     fps: float
     videos: tuple[bytes, ...] = ()
     """An MP4 file of each prompt, where they were asked for."""
+    request_id: str = ""
+    """What the server's log calls the request."""
+    metadata: tuple[dict[str, Any], ...] = ()
+    """What each says of itself; MP4 files carry it as their comment."""
 
 
+@documented
 class Options(TypedDict, total=False):
     """What else a request may say."""
 
     deadline_s: float | None
     """Seconds from now after which nobody waits for the edit any more; of all attempts together."""
-    video: bytes | None
-    """A video file to edit in the clip's place, of its frames and size."""
+    video: PathLike | bytes | None
+    """A video to edit in the clip's place. Of a file, or a folder of images, frames are taken and fitted to the clip as
+    `tune` does, by the next four; bytes of a file are sent as they are, and must have the clip's frames and size."""
+    start: int
+    """First frame."""
+    stride: int
+    """Take every so manieth frame."""
+    uniform: bool
+    """Spread the frames evenly over the video instead of start and stride."""
+    fit: Literal["crop", "squash"]
+    """Centre crop that keeps the aspect, or squash."""
     source_frames: np.ndarray
     """uint8 (f, H, W, 3) RGB to edit in the clip's place."""
     preview_interval: int
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
+    prompt_metadata: bool
+    """False: no prompts in the metadata."""
+    left_out: Collection[str]
+    """Of steps, guidance_scale and inversion, those in whose place the clip's own stand; of prompts alone, all."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Retry:
     """How often and how patiently a request that no worker began is sent again.
@@ -101,29 +135,44 @@ class Retry:
 
 
 class Exchange:
-    """One edit, from its first attempt to its last answer.
+    """One edit, or question, from its first attempt to its last answer.
 
     `deadline_s` is counted from here and spans all attempts; the server drops a request that waits beyond it.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], *, retry: Retry, deadline_s: float | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], *, retry: Retry, deadline_s: float | None, model: str = STREAM_MODEL
+    ) -> None:
         if deadline_s is not None and not 0 < deadline_s < MAX_DEADLINE_SECONDS:
             raise InputError(f"deadline {deadline_s} s is not above 0 and below {MAX_DEADLINE_SECONDS}")
-        self._message = _message(tensors)
+        self.request_id = secrets.token_hex(6)
+        self._message = _message(model, tensors)
+        self._message.id = self.request_id
         self._retry, self._pauses = retry, retry.pauses()
         self._ends = None if deadline_s is None else time.monotonic() + deadline_s
         self._answered = False
 
     @classmethod
     def of(cls, clip: str, edit: EditConfig | Sequence[str], options: Options, retry: Retry) -> Exchange:
-        """An edit of `clip`; prompts alone stand for EditConfig(prompts=…)."""
-        config = edit if isinstance(edit, EditConfig) else EditConfig(prompts=tuple(edit))
+        """An edit of `clip`; prompts alone stand for EditConfig(prompts=…) with the clip's own settings."""
+        config = EditConfig.of(edit)
         asked: dict[str, Any] = dict(options)
+        left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else EDIT_DEFAULTS)
         deadline_s = asked.pop("deadline_s", None)
         if unknown := sorted(set(asked) - SERVED):
-            known = sorted({"deadline_s"} | (set(Options.__annotations__) & SERVED))
-            raise InputError(f"no option {unknown[0]!r}; there are {', '.join(known)}")
-        return cls(to_tensors(clip, config, **asked), retry=retry, deadline_s=deadline_s)
+            raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
+        return cls(to_tensors(clip, config, left_out=left_out, **asked), retry=retry, deadline_s=deadline_s)
+
+    @classmethod
+    def about(cls, clip: str, retry: Retry, deadline_s: float | None) -> Exchange:
+        """A question about a clip, whose answer `told` reads."""
+        name = np.array([clip.encode()], np.object_)
+        return cls({"clip": name}, retry=retry, deadline_s=deadline_s, model=CLIPS_MODEL)
+
+    @staticmethod
+    def told(response: service_pb2.ModelInferResponse) -> ServedClip:
+        """What a clip is, and what it takes."""
+        return from_clip_tensors(_tensors(response))
 
     def request(self) -> tuple[service_pb2.ModelInferRequest, float | None]:
         """What to send, and within how many seconds it must be answered."""
@@ -158,6 +207,12 @@ class Exchange:
             self._retry.on_pause(str(error), pause)
         return pause
 
+    def blamed(self, error: ServerError) -> InputError | ServerError:
+        """The exception for the user: what the request is to blame for is an InputError."""
+        if error.status in ("INVALID_ARGUMENT", "NOT_FOUND"):
+            return InputError(error.details)
+        return ServerError(error.details, error.status, self.request_id)
+
     def is_unanswered(self, error: ServerError) -> bool:
         """Whether there may be no server at all."""
         return not self._answered and error.status == "UNAVAILABLE"
@@ -176,6 +231,8 @@ class Exchange:
             frames=tensors.get("frames", np.empty((0, 0, 0, 0, 3), np.uint8)),
             fps=float(tensors["fps"][0]),
             videos=tuple(tensors.get("video", ())),
+            request_id=self.request_id,
+            metadata=tuple(map(json.loads, tensors.get("metadata", ()))),
         )
 
     def _left(self) -> float | None:
@@ -191,24 +248,17 @@ def failed(error: grpc.RpcError) -> ServerError:
     return ServerError(error.details() or "", error.code().name)
 
 
-def blamed(error: ServerError) -> InputError | ServerError:
-    """The exception for the user: what the request is to blame for is an InputError."""
-    if error.status in ("INVALID_ARGUMENT", "NOT_FOUND"):
-        return InputError(error.details)
-    return error
-
-
-def unreachable(url: str) -> InputError:
-    """Nothing answers there, not even to say that it is busy."""
-    return InputError(f"no server answers at {url}: is it running? (tav-opt serve)")
+def is_gateway(error: grpc.RpcError) -> bool:
+    """Whether a gateway refused that has no server behind it for the moment."""
+    return STARTED_ANEW in (error.details() or "")
 
 
 def _no_worker_began(error: ServerError) -> bool:
     return error.status == "UNAVAILABLE" or (error.status == "INTERNAL" and WORKER_GONE in error.details)
 
 
-def _message(tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest:
-    message = service_pb2.ModelInferRequest(model_name=STREAM_MODEL)
+def _message(model: str, tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=model)
     for name, array in tensors.items():
         message.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype) or "", shape=array.shape)
         if message.inputs[-1].datatype == "":

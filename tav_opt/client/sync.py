@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Unpack
 from weakref import WeakSet
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tav_opt.client.channel import Tls, check_url, connect
+from tav_opt.client.channel import Tls, check_url, connect, misfit, unreachable
 from tav_opt.client.exchange import (
     Edit,
     Exchange,
@@ -20,14 +21,12 @@ from tav_opt.client.exchange import (
     Progress,
     Retry,
     ServerError,
-    blamed,
     failed,
-    unreachable,
+    is_gateway,
 )
-from tav_opt.config import EditConfig, InputError
-
-OnProgress = Callable[[str, int, int], Any]
-"""Called with the stage, the steps done and the steps of the stage."""
+from tav_opt.client.sources import fitted, path_of
+from tav_opt.config import EditConfig, InputError, OnProgress
+from tav_opt.contract import ServedClip
 
 
 class Client:
@@ -39,7 +38,7 @@ class Client:
 
     def __init__(self, url: str = "localhost:8001", *, tls: Tls | None = None, retry: Retry | None = None) -> None:
         self.url = check_url(url)
-        self._retry = retry or Retry()
+        self._tls, self._retry = tls, retry or Retry()
         self._channel = connect(url, tls)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._open: WeakSet[Stream] = WeakSet()
@@ -47,8 +46,12 @@ class Client:
     def stream(self, clip: str, edit: EditConfig | Sequence[str], **options: Unpack[Options]) -> Stream:
         """Begins an edit of an exported clip; prompts alone stand for EditConfig(prompts=…).
 
-        Raises InputError for settings that do not fit the wire; all else is raised by the stream.
+        A video's file is fitted to the clip first, which the server is asked about. Raises InputError for settings that
+        do not fit the wire and for a video that cannot be fitted; all else is raised by the stream.
         """
+        if (path := path_of(options)) is not None:
+            began = time.monotonic()
+            options = fitted(options, path, self.clip(clip, deadline_s=options.get("deadline_s")), began=began)
         return Stream(self, Exchange.of(clip, edit, options, self._retry))
 
     def edit(
@@ -71,11 +74,32 @@ class Client:
                     on_progress(progress.stage, progress.step, progress.steps)
             return stream.result()
 
+    def clip(self, name: str, *, deadline_s: float | None = None) -> ServedClip:
+        """What an exported clip is and takes in its place, told at once, whatever edits run; raises as `edit` does."""
+        question = Exchange.about(name, self._retry, deadline_s)
+        while True:
+            message, timeout = question.request()
+            try:
+                return question.told(self._stub.ModelInfer(message, timeout=timeout))
+            except grpc.RpcError as refused:
+                error = failed(refused)
+            pause = question.pause(error)
+            if pause is None:
+                raise self._failure(question, error)
+            time.sleep(pause)
+
+    def _failure(self, exchange: Exchange, error: ServerError) -> InputError | ServerError:
+        if exchange.is_unanswered(error) and not self.is_live():
+            return unreachable(self.url, self._tls)
+        return exchange.blamed(error)
+
     def is_live(self) -> bool:
         """Whether a server answers at all; it may yet be too busy for an edit."""
         try:
             return bool(self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=5).live)
-        except (grpc.RpcError, ValueError):  # ValueError: of a closed channel
+        except grpc.RpcError as error:
+            return is_gateway(error)
+        except ValueError:  # of a closed channel
             return False
 
     def close(self) -> None:
@@ -156,19 +180,18 @@ class Stream(Iterator[Progress]):
 
     def _recover(self, error: ServerError) -> None:
         """Tries again after a pause, where that is safe; raises otherwise."""
+        if self._exchange.is_unanswered(error) and (
+            wrong := misfit(self._client.url, self._client._tls, error.details)
+        ):
+            raise wrong from None
         pause = None if self._cancelled.is_set() else self._exchange.pause(error)
         if pause is None:
-            raise self._failure(error) from None
+            raise self._client._failure(self._exchange, error) from None
         if self._cancelled.wait(pause):
             raise ServerError("the edit was cancelled", "CANCELLED") from None
         self._begin()
         if self._cancelled.is_set():  # between the two
             self._call.cancel()
-
-    def _failure(self, error: ServerError) -> InputError | ServerError:
-        if self._exchange.is_unanswered(error) and not self._client.is_live():
-            return unreachable(self._client.url)
-        return blamed(error)
 
     def _end(self) -> None:
         """Takes the call's status, which is right behind the last answer.

@@ -8,19 +8,36 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from tav_opt import editing, models, sheet, tuning, video
+from tav_opt import editing, progress, tuning, video
+from tav_opt.base.directory import Base
 from tav_opt.client import Client
-from tav_opt.config import EditConfig, InputError, TrainConfig
+from tav_opt.config import (
+    ClipConfig,
+    Count,
+    DdimSteps,
+    EditConfig,
+    EngineName,
+    GuidanceScale,
+    InputError,
+    LearningRate,
+    Side,
+    TrainConfig,
+    check_numbers,
+)
+from tav_opt.contract import ClipInfo, edit_metadata
 from tav_opt.demo.random_model import write_random_model
-from tav_opt.engines.onnxruntime import open_clip
-from tav_opt.export.repository import export
-from tav_opt.files import read_json
-from tav_opt.serving.server import ServeConfig, Server
+from tav_opt.engines.onnxruntime import load_onnxruntime
+from tav_opt.engines.registry import open_clip
+from tav_opt.export.exporting import export
+from tav_opt.files import DESCRIPTION, check_place, read_json
+from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.serving.host.server import Server
+from tav_opt.serving.host.tritonserver import find_tritonserver
+from tav_opt.video import contact_sheet
 
 DEMO = Path(__file__).parent
 CLIP_NAME = "demo"
@@ -32,8 +49,8 @@ guidance of 3 and 0.87 at 2, and 94 and 92 % of the frames were right; after 200
 by 0.91 at 2.5, and 95 %. With earlier weights, at a guidance of 3, the leopard's tracks were 0.85 at 3e-4 and 0.88 at
 1e-3; the rabbit's at 3e-3 were worse again."""
 
-Editor = Callable[[EditConfig], np.ndarray]
-"""Edits the exported clip → uint8 (prompts, f, H, W, 3)."""
+Editor = Callable[[EditConfig, progress.OnProgress], tuple[np.ndarray, EngineName]]
+"""Edits the exported clip, telling of its steps → uint8 (prompts, f, H, W, 3), and the engine that did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +66,15 @@ class DemoConfig:
     model: str | None = None
     """Stable Diffusion directory or hub id; default: the package's small model."""
     out: Path = Path("demo-out")
-    frames: int = 24
-    size: int | None = None
+    frames: Count = 24
+    size: Side | None = None
     """Pixels of a side; default: the model's own."""
-    steps: int = 200
+    steps: Count = 200
     """Tuning steps."""
-    lr: float | None = None
+    lr: LearningRate | None = None
     """Of tuning; default: the paper's 3e-5 for a model of yours, 1e-3 for the package's small one."""
-    ddim_steps: int = 50
-    guidance: float | None = None
+    ddim_steps: DdimSteps = 50
+    guidance: GuidanceScale | None = None
     """Default: 7.5 for a model of yours, 2.5 for the package's."""
     in_process: bool = False
     """Run the exported model in this process instead of the server."""
@@ -72,7 +89,7 @@ class DemoConfig:
     @property
     def train(self) -> TrainConfig:
         """How the clip is tuned."""
-        lr = self.lr or (SMALL_LR if self.model is None else TrainConfig.lr)
+        lr = self.lr if self.lr is not None else SMALL_LR if self.model is None else TrainConfig.lr
         return TrainConfig(steps=self.steps, lr=lr, inversion_steps=self.ddim_steps)
 
 
@@ -86,6 +103,13 @@ class _Subject:
 def run(config: DemoConfig) -> None:
     """Does it all and prints where the results are; raises InputError for settings that cannot work."""
     subject = _subject(config)
+    check_numbers(config)
+    tuning.check(config.train, subject.prompt)
+    editing.check(config.edit_config(*subject.edits))
+    check_place(config.out / ".demo")
+    load_onnxruntime()  # what export and server lack is said before minutes of tuning
+    if not config.in_process:
+        find_tritonserver()
     if config.out.exists() and not (config.out / ".demo").exists() and any(config.out.iterdir()):
         raise InputError(f"{config.out} holds other files; choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -96,16 +120,19 @@ def run(config: DemoConfig) -> None:
     model = _model(config)
     clip = _read(config, subject, model)
     seconds: dict[str, float] = {}
-    with _timed("tune", seconds):
-        tuning.tune(model, clip, subject.prompt, config.train, config.out / "ckpt", on_step=_bar())
-    with _timed("export", seconds):
-        export(config.out / "ckpt", config.out / "model_repository", name=CLIP_NAME)
+    with _timed("tune", seconds) as on_progress:
+        tuning.tune(model, clip, subject.prompt, config.train, config.out / "ckpt", on_step=on_progress)
+    with _timed("export", seconds) as on_progress:
+        export(config.out / "ckpt", config.out / "model_repository", name=CLIP_NAME, on_progress=on_progress)
     edits = []
     with _editor(config, seconds) as edit:
         for number, prompt in enumerate(subject.edits, start=1):
-            with _timed(f"edit {number}", seconds):
-                edits.append(edit(config.edit_config(prompt))[0])
-    _show(config.out, [clip.frames, *edits], [subject.prompt, *subject.edits], clip.fps)
+            with _timed(f"edit {number}", seconds) as on_progress:
+                frames, engine = edit(config.edit_config(prompt), on_progress)
+                edits.append(frames[0])
+    info = ClipInfo.from_json(read_json(config.out / "ckpt" / DESCRIPTION))
+    metadata = edit_metadata(info, CLIP_NAME, config.edit_config(*subject.edits), subject.edits, engine=engine)
+    _show(config.out, [clip.frames, *edits], [subject.prompt, *subject.edits], clip.fps, metadata)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
@@ -131,9 +158,8 @@ def _subject(config: DemoConfig) -> _Subject:
 
 
 def _read(config: DemoConfig, subject: _Subject, model: str) -> video.Clip:
-    editing.check(config.edit_config(*subject.edits))
-    size = config.size or models.native_size(model)
-    clip = video.read(subject.video, count=config.frames, uniform=True, height=size, width=size)
+    size = config.size or Base.at(model).native_size
+    clip = video.read(ClipConfig(video=subject.video, frames=config.frames, uniform=True, height=size, width=size))
     return replace(clip, fps=min(clip.fps, 12.0))
 
 
@@ -143,40 +169,35 @@ def _editor(config: DemoConfig, seconds: dict[str, float]) -> Iterator[Editor]:
     repository = config.out / "model_repository"
     if config.in_process:
         engine = open_clip(repository, CLIP_NAME)
-        yield lambda edit: editing.edit(engine, edit, on_progress=_bar())
+        yield lambda edit, on_progress: (editing.edit(engine, edit, on_progress=on_progress), engine.kind)
         return
     with ExitStack() as stack:
         with _timed("start of the server", seconds):
             free = ServeConfig(repository=repository, grpc_port=0, http_port=0, metrics_port=0)
             server = stack.enter_context(Server(free))
         client = stack.enter_context(Client(server.grpc_url))
-        yield lambda edit: client.edit(CLIP_NAME, edit, on_progress=_bar()).frames
+
+        def edited(edit: EditConfig, on_progress: progress.OnProgress) -> tuple[np.ndarray, EngineName]:
+            found = client.edit(CLIP_NAME, edit, on_progress=on_progress)
+            return found.frames, found.metadata[0]["engine"]
+
+        yield edited
 
 
-def _bar() -> Callable[..., None]:
-    bar = tqdm(unit="step", leave=False, disable=None)
-
-    def on_progress(stage: str, step: int, total: int, *_: float) -> None:
-        bar.set_description(stage)
-        bar.total = total
-        bar.update(step - bar.n)
-
-    return on_progress
-
-
-def _show(out: Path, clips: list[np.ndarray], captions: list[str], fps: float) -> None:
+def _show(out: Path, clips: list[np.ndarray], captions: list[str], fps: float, metadata: dict[str, Any]) -> None:
     """Source and edits as MP4 and GIF side by side, and as a contact sheet."""
-    together = sheet.side_by_side(clips, captions)
-    video.write(out / "side-by-side.mp4", together, fps)
-    video.write(out / "side-by-side.gif", together, fps)
-    Image.fromarray(sheet.contact_sheet(clips, captions)).save(out / "contact-sheet.png")
+    together = contact_sheet.side_by_side(clips, captions)
+    video.write(out / "side-by-side.mp4", together, fps, metadata)
+    video.write(out / "side-by-side.gif", together, fps, metadata)
+    video.write_png(out / "contact-sheet.png", contact_sheet.contact_sheet(clips, captions), metadata)
     for name in ("side-by-side.mp4", "side-by-side.gif", "contact-sheet.png"):
         print(out / name)
 
 
 @contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[progress.OnProgress]:
     print(f"{name} …", flush=True)
     start = time.perf_counter()
-    yield
+    with progress.shown(leave=False) as on_progress:
+        yield on_progress
     seconds[name] = time.perf_counter() - start

@@ -129,7 +129,7 @@ class Text2ImageStage:
     def _predict(self, latents: Tensor, timesteps: Tensor | int, text: Tensor) -> Tensor:
         return self.unet(latents, timesteps, text).sample
 
-    def _predict_clip(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
+    def _predict_clip(self, latents: Tensor, timestep: ddim.Timestep, text: Tensor) -> Tensor:
         return self._predict(latents[:, :, 0], timestep, text)[:, :, None]  # b c 1 h w
 
     def _ids(self, captions: Sequence[str]) -> Tensor:

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
+from tav_opt import command
 from tav_opt.config import InputError
 from tav_opt.demo import subjects
 from tav_opt.demo.clips import make_clips
@@ -256,14 +257,10 @@ def publish(folder: Path, target: Path) -> None:
     write_json(target / "model" / "training.json", read_json(_record_file(folder)))
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
-    try:
-        tyro.cli(train)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    return command.run("python -m tav_opt.demo.train", lambda arguments: tyro.cli(train, args=arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

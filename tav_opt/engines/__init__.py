@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from tav_opt.config import EngineName
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule
+from tav_opt.ddim import Schedule, Timestep
 
 
 class Engine(Protocol):
     """One clip, ready to be edited."""
+
+    @property
+    def kind(self) -> EngineName:
+        """What runs it."""
 
     @property
     def info(self) -> ClipInfo:
@@ -28,16 +34,16 @@ class Engine(Protocol):
 
     @property
     def inverted_latents(self) -> Tensor:
-        """(1, c, f, h, w): of the source, in `info.inversion_steps` steps."""
+        """(1, c, f, h, w): of the source, by `info.inversion`."""
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
+    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
         """uint8 (f, H, W, 3) → scaled latents (1, c, f, h, w)."""
 
-    def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
-        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w)."""
+    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3)."""
+        """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3), which come to the host in one transfer."""

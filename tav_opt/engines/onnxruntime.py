@@ -2,41 +2,112 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from dataclasses import dataclass, field
-from hashlib import sha256 as hash_of
+from collections.abc import Mapping
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from tav_opt.checkpoint import load_tensors
 from tav_opt.config import InputError
-from tav_opt.contract import MAX_PROMPTS, STREAM_MODEL, VERSION, ClipInfo, check_clip_name
-from tav_opt.ddim import Schedule
-from tav_opt.engines.working_memory import WorkingMemory
-from tav_opt.files import read_json, sha256
-from tav_opt.pixels import to_frames, to_unit
+from tav_opt.contract import ClipInfo
+from tav_opt.engines.exported import Call, usable_cores
+from tav_opt.memory.graph import WorkingMemory
+from tav_opt.repository import layout, specs
+from tav_opt.repository.layout import ENGINES, check_unaltered
+from tav_opt.repository.specs import GraphSpec, TensorSpec
+from tav_opt.schemas import ProgramsManifest
 
-GRAPHS = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
-MANIFEST = "manifest.json"
-FRAMES_AT_ONCE = 4
-"""The VAE's frames in one call: its memory grows with them."""
+CUDA = "CUDAExecutionProvider"
 
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+HALF_UNET = "unet.fp16.onnx"
+"""The UNet in fp16 that GPUs take where it was exported; its weights lie beside it."""
 
 
-def session(path: Path, device: torch.device, threads: int | None = None) -> Any:
-    """Opens an ONNX file; raises InputError where onnxruntime is not installed."""
+def half_folder(base: Path) -> Path:
+    """Where the fp16 UNet of a base lies, if it has one."""
+    return base / ENGINES / "onnxruntime-fp16"
+
+
+def half_does_not_fit(base: Path) -> str | None:
+    """Why the fp16 UNet of a base is not to be used; None where it is, or where there is none."""
+    folder = half_folder(base)
+    if folder.is_dir() and _made_of(folder) != layout.manifest(base)["files"]:
+        return "its fp16 graph was made of other graphs than the base has now: export again with --half"
+    return None
+
+
+def _made_of(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = layout.manifest(folder, ProgramsManifest)["made_of"]
+    return found
+
+
+def precision(base: Path, device: torch.device) -> str:
+    """What the UNet of a base computes in on a device."""
+    return "fp16" if device.type == "cuda" and half_folder(base).is_dir() else "fp32"
+
+
+def graph_files(base: Path, device: torch.device) -> dict[str, tuple[Path, GraphSpec]]:
+    """The graphs that are run on a device, by name."""
+    found = {name: (base / spec.file, spec) for name, spec in specs.read(base).items()}
+    if precision(base, device) == "fp16":
+        path = half_folder(base) / HALF_UNET
+        inputs = {parameter: value.name for parameter, value in found["unet"][1].values.items()}
+        found["unet"] = path, specs.of_onnx(path, inputs)
+    return found
+
+
+@cache
+def check_one() -> None:
+    """Raises InputError where several distributions of onnxruntime are installed.
+
+    They write over each other's files, so that the order of installation decides which of them runs, or a mixture.
+    """
+    installed = sorted(set(metadata.packages_distributions().get("onnxruntime", [])))
+    if len(installed) > 1:
+        raise InputError(
+            f"{' and '.join(installed)} are both installed and overwrite each other: pip uninstall --yes "
+            f"{' '.join(installed)}, then pip install 'tav-opt[cpu]' or 'tav-opt[gpu]', not both"
+        )
+
+
+def load_onnxruntime() -> Any:
+    """The package, imported; raises InputError where it is not installed, and as check_one does."""
+    check_one()
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.32 on it would tell its maker of each use
     try:
         import onnxruntime
     except ImportError:
         raise InputError("onnxruntime is not installed: pip install 'tav-opt[cpu]', or [gpu]") from None
+    return onnxruntime
+
+
+def sees_no_gpu_though_built_for_one() -> str | None:
+    """One line where onnxruntime is built for GPUs and PyTorch has none; raises InputError as check_one does."""
+    check_one()
+    try:
+        built = CUDA in load_onnxruntime().get_available_providers()
+    except InputError:
+        return None
+    if not built or torch.cuda.is_available():
+        return None
+    return (
+        f"onnxruntime is built for GPUs, but PyTorch {torch.__version__} sees none: edits run on the CPU; "
+        "python -c 'import torch; torch.cuda.init()' says why"
+    )
+
+
+def session(path: Path, device: torch.device, threads: int | None = None, *, tf32: bool = False) -> Any:
+    """Opens an ONNX file; `tf32` gives a GPU's matrix units the products of fp32.
+
+    Raises InputError as load_onnxruntime does, and where CUDA is asked for and cannot be had.
+    """
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Left to itself, onnxruntime pins a thread to every core of the machine, also to those it may not use.
@@ -45,28 +116,36 @@ def session(path: Path, device: torch.device, threads: int | None = None) -> Any
     options.enable_mem_pattern = False
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
-    return onnxruntime.InferenceSession(path, options, providers=providers)
+        onnxruntime.preload_dlls()
+        providers.insert(0, (CUDA, {"device_id": device.index or 0, "use_tf32": int(tf32)}))
+    opened = onnxruntime.InferenceSession(path, options, providers=providers)
+    # Without a provider's libraries onnxruntime takes the next one, to which CUDA's pointers must not be given.
+    if device.type == "cuda" and CUDA not in opened.get_providers():
+        raise InputError(
+            f"{device}: onnxruntime {onnxruntime.__version__} cannot load its CUDA libraries: "
+            "pip install 'tav-opt[gpu]' brings them; the driver must know that CUDA"
+        )
+    return opened
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def best_device() -> torch.device:
-    """The GPU where both PyTorch and onnxruntime have one."""
+def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
+    """Why onnxruntime cannot serve on a device; None where it can."""
     try:
-        import onnxruntime
-    except ImportError:
-        return torch.device("cpu")  # opening a session says what is missing
-    on_gpu = torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    return torch.device("cuda" if on_gpu else "cpu")
+        found = load_onnxruntime().get_available_providers()
+    except InputError as error:
+        return str(error)
+    if device.type == "cuda" and CUDA not in found:
+        return (
+            "onnxruntime is built for processors; for the GPU: pip uninstall --yes onnxruntime, then "
+            "pip install 'tav-opt[gpu]'"
+        )
+    return half_does_not_fit(base) if device.type == "cuda" else None
 
 
-def revision_of(description: Any) -> str:
-    """Another for every other description, which names all files by their hashes."""
-    return hash_of(json.dumps(description, sort_keys=True).encode()).hexdigest()
+def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
+    """What opening a base takes in memory: the weights and, laid out anew, copies of them."""
+    parts = [part for path, _ in graph_files(base, device).values() for part in path.parent.glob(f"{path.name}*")]
+    return 2 * sum(part.stat().st_size for part in parts)
 
 
 class Bound:
@@ -75,200 +154,73 @@ class Bound:
     `values` stay bound from call to call. One call at a time.
     """
 
-    def __init__(self, session: Any, device: torch.device, values: dict[str, Tensor] | None = None) -> None:
-        self._session, self._device = session, device
+    def __init__(
+        self, session: Any, spec: GraphSpec, device: torch.device, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._session, self._spec, self._device = session, spec, device
         self._binding = session.io_binding()
-        self._values = {name: self._bind(name, value) for name, value in (values or {}).items()}
-        self._output = session.get_outputs()[0]
+        self._values = {
+            value.name: self._bind_input(value.name, (values or {})[value.name]) for value in spec.values.values()
+        }
         self._lock = threading.Lock()
 
-    def _bind(self, name: str, value: Tensor) -> Tensor:
+    def _bind_input(self, name: str, value: Tensor) -> Tensor:
         value = value.to(self._device).contiguous()
-        self._binding.bind_input(
-            name, self._device.type, self._device.index or 0, _NUMPY[value.dtype], tuple(value.shape), value.data_ptr()
-        )
+        self._binding.bind_input(name, *self._place_of(value))
         return value
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """The graph's one float32 output; its free first axis is as long as the inputs'."""
+    def _bind_output(self, spec: TensorSpec, rows: int) -> Tensor:
+        output = torch.empty(spec.fixed(rows), dtype=getattr(torch, spec.dtype), device=self._device)
+        self._binding.bind_output(spec.name, *self._place_of(output))
+        return output
+
+    def _place_of(self, tensor: Tensor) -> tuple[Any, ...]:
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        return self._device.type, self._device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr()
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """The graph's outputs; their free first axis is as long as the inputs'."""
         with self._lock:
-            held = [self._bind(name, value) for name, value in inputs.items()]  # alive until the run ends
-            shape = (held[0].shape[0], *self._output.shape[1:])
-            output = torch.empty(shape, dtype=torch.float32, device=self._device)
-            self._binding.bind_output(
-                self._output.name, self._device.type, self._device.index or 0, np.float32, shape, output.data_ptr()
-            )
+            held = [self._bind_input(name, value) for name, value in inputs.items()]  # alive until the run ends
+            outputs = {spec.name: self._bind_output(spec, held[0].shape[0]) for spec in self._spec.outputs}
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # onnxruntime works on a stream of its own
             self._session.run_with_iobinding(self._binding)
             self._binding.synchronize_outputs()
-            return output
+            return outputs
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnnxBase:
-    """What all clips of one base model and size share: its graphs, tokenizer and schedule."""
+class OnnxGraphs:
+    """The sessions of one base; see `exported.Graphs`."""
 
-    folder: Path
-    revision: str
-    """Of its files."""
-    sessions: dict[str, Any]
-    tokenizer: Tokenizer
-    tokens: int
-    value_inputs: dict[str, str]
-    """Graph inputs of the UNet by the parameter that they stand for."""
-    schedule: Schedule
-    device: torch.device
-    working: dict[str, WorkingMemory]
-    """Of each graph."""
-    held: dict[str, int] = field(default_factory=dict)
-    """Bytes that each graph's arena has grown to by its largest run so far; it keeps them for the next one."""
+    frames_at_once = 4
+    has_threads = True
 
-    @classmethod
-    def open(cls, folder: Path, *, threads: int | None = None, device: torch.device | None = None) -> OnnxBase:
-        """Opens `base/<…>` of an exported repository on a device, the best one unless told.
+    def __init__(self, folder: Path, _info: ClipInfo, device: torch.device, threads: int | None = None) -> None:
+        self.device = device
+        self.revision = precision(folder, device)
+        half = self.revision == "fp16"
+        if half:
+            check_unaltered(half_folder(folder), (HALF_UNET,))
+        found = graph_files(folder, device)
+        self._specs = {name: spec for name, (_, spec) in found.items()}
+        self._sessions = {name: session(path, device, threads, tf32=half) for name, (path, _) in found.items()}
+        # The fp32 graph's is a bound of the fp16 graph's.
+        self._working = {name: WorkingMemory.of(folder / f"{name}.onnx") for name in found}
+        self._held = dict.fromkeys(found, 0)  # that each arena has grown to by its largest run; it keeps them
 
-        Raises InputError when it is missing, of another version, or one of its files is missing or altered.
-        """
-        manifest = read_json(folder / MANIFEST)
-        if manifest.get("version") != VERSION:
-            raise InputError(f"{folder}: version {manifest.get('version')!r} is not {VERSION}: export it again")
-        _verify(folder, manifest, [*(f"{name}.onnx" for name in GRAPHS), "tokenizer.json"])
-        device = best_device() if device is None else device
-        return cls(
-            folder=folder,
-            revision=revision_of(manifest["files"]),
-            sessions={name: session(folder / f"{name}.onnx", device, threads) for name in GRAPHS},
-            tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-            tokens=manifest["tokens"],
-            value_inputs=manifest["values"],
-            schedule=Schedule.from_config(manifest["scheduler"]),
-            device=device,
-            working={name: WorkingMemory.of(folder / f"{name}.onnx") for name in GRAPHS},
-        )
+    def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
+        taken = {value.name: value.dtype for spec in self._specs.values() for value in spec.values.values()}
+        own = {name: values[name].to(getattr(torch, dtype)) for name, dtype in taken.items()}
+        bound = {name: Bound(opened, self._specs[name], self.device, own) for name, opened in self._sessions.items()}
+        held = sum(value.nbytes for value in own.values())
+        return {name: partial(self._run, name, graph) for name, graph in bound.items()}, held
 
-    def extra_bytes(self, items: dict[str, int]) -> int:
-        """What runs of graphs on so many items each need beyond the arenas that are there."""
-        return sum(max(0, self.working[name].bytes(count) - self.held.get(name, 0)) for name, count in items.items())
+    def _run(self, name: str, graph: Bound, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs = graph(**inputs)
+        rows = next(iter(inputs.values())).shape[0]
+        self._held[name] = max(self._held[name], self._working[name].bytes(rows))
+        return outputs
 
-    def ran(self, name: str, items: int) -> None:
-        """Takes note of the arena that a run leaves behind."""
-        self.held[name] = max(self.held.get(name, 0), self.working[name].bytes(items))
-
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """→ ids (prompts, tokens), padded; raises InputError naming the words beyond the tokenizer's length."""
-        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(prompts)]
-        for ids in encoded:
-            if len(ids) > self.tokens:
-                # CLIP's pieces end words with </w>, which the tokenizers library leaves in.
-                beyond = self.tokenizer.decode(ids[self.tokens - 1 : -1]).replace("</w>", " ").strip()
-                raise InputError(f"prompt is {len(ids)} tokens long, {self.tokens} at most; too much: {beyond!r}")
-        return torch.tensor(encoded, dtype=torch.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnnxEngine:
-    """An exported clip on its base; see `engines.Engine`."""
-
-    base: OnnxBase
-    info: ClipInfo
-    revision: str
-    """Of its values, latents and base: another export of the clip has another."""
-    source_latents: Tensor
-    inverted_latents: Tensor
-    graphs: dict[str, Bound]
-    nbytes: int
-    """Of its values and latents in memory."""
-
-    @classmethod
-    def open(cls, folder: Path, base: OnnxBase) -> OnnxEngine:
-        """Opens `clips/<name>` on its base.
-
-        Raises InputError when the clip is missing or altered, or belongs to another base.
-        """
-        manifest = read_json(folder / MANIFEST)
-        info = ClipInfo.from_json(manifest)
-        if info.exported_base != base.folder.name:
-            raise InputError(f"clip {folder.name} belongs to base {info.exported_base}, not to {base.folder.name}")
-        _verify(folder, manifest, ["values.safetensors", "latents.safetensors"])
-        values = load_tensors(folder / "values.safetensors")
-        if set(values) != set(base.value_inputs):
-            raise InputError(f"clip {folder.name} tuned other parameters than base {base.folder.name} takes")
-        bound = {base.value_inputs[name]: value.float() for name, value in values.items()}
-        latents = load_tensors(folder / "latents.safetensors")
-        return cls(
-            base=base,
-            info=info,
-            revision=revision_of([manifest, base.revision]),
-            nbytes=sum(value.nbytes for value in (*bound.values(), *latents.values())),
-            source_latents=latents["source"].to(base.device),
-            inverted_latents=latents["inverted"].to(base.device),
-            graphs={
-                name: Bound(session, base.device, bound if name == "unet" else None)
-                for name, session in base.sessions.items()
-            },
-        )
-
-    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
-        frames = min(FRAMES_AT_ONCE, self.info.frames)
-        items = {"text_encoder": MAX_PROMPTS + 1, "unet": 2 * prompts, "vae_decoder": frames}
-        pixels = self.info.frames * self.info.height * self.info.width * 3
-        # The frames of all prompts as they are put together, and in the response.
-        return self.base.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
-
-    def _run(self, name: str, **inputs: Tensor) -> Tensor:
-        output = self.graphs[name](**inputs)
-        self.base.ran(name, output.shape[0])
-        return output
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
-
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        return self._run("text_encoder", input_ids=self.base.tokenize(prompts))
-
-    def encode_video(self, frames: np.ndarray) -> Tensor:
-        exported = (self.info.frames, self.info.height, self.info.width, 3)
-        if frames.shape != exported:
-            raise InputError(f"frames are {frames.shape} (f, H, W, 3), but the clip was exported for {exported}")
-        parts = to_unit(frames).split(FRAMES_AT_ONCE)
-        latents = torch.cat([self._run("vae_encoder", pixels=part) for part in parts])
-        return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
-
-    def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
-        timesteps = torch.full((latents.shape[0],), timestep, dtype=torch.int64)
-        return self._run("unet", latents=latents, timestep=timesteps, text=text)
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        images = latents.transpose(1, 2).flatten(0, 1)  # (b f) c h w
-        parts = [to_frames(self._run("vae_decoder", latents=part)) for part in images.split(FRAMES_AT_ONCE)]
-        frames = np.concatenate(parts)
-        return frames.reshape(latents.shape[0], -1, *frames.shape[1:])
-
-
-def find_clip(repository: Path, name: str) -> tuple[Path, Path]:
-    """The folders of an exported clip and of its base; raises InputError, naming those there are, for another name."""
-    folder = repository / STREAM_MODEL / str(VERSION)
-    clip = folder / "clips" / check_clip_name(name)
-    if not clip.is_dir():
-        known = sorted(path.parent.name for path in folder.glob(f"clips/*/{MANIFEST}"))
-        raise InputError(f"clip {name!r} is not in {repository}: {', '.join(known) or 'no clip is'}")
-    return clip, folder / "base" / ClipInfo.from_json(read_json(clip / MANIFEST)).exported_base
-
-
-def open_clip(repository: Path, name: str, *, threads: int | None = None) -> OnnxEngine:
-    """Opens an exported clip of a model repository, and its base.
-
-    Raises InputError as find_clip, OnnxBase.open and OnnxEngine.open do.
-    """
-    clip, base = find_clip(repository, name)
-    return OnnxEngine.open(clip, OnnxBase.open(base, threads=threads))
-
-
-def _verify(folder: Path, manifest: dict[str, Any], needed: list[str]) -> None:
-    hashes = manifest.get("files", {})
-    for name in sorted({*needed, *hashes}):
-        if not (folder / name).is_file() or sha256(folder / name) != hashes.get(name):
-            raise InputError(f"{folder / name} is missing or altered: remove {folder} and export again")
+    def extra_bytes(self, items: Mapping[str, int]) -> int:
+        return sum(max(0, self._working[name].bytes(count) - self._held[name]) for name, count in items.items())

@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tav_opt import checkpoint, memory, models
+from tav_opt import checkpoint, models
+from tav_opt.base.directory import Base, checked_base
+from tav_opt.clip_folder import ClipFolder
+from tav_opt.config import EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule
+from tav_opt.ddim import Schedule, Timestep
+from tav_opt.device import usable_device
+from tav_opt.engines.exported import Call
+from tav_opt.memory import eager
+from tav_opt.repository import specs
+from tav_opt.repository.specs import GraphSpec
+
+
+class TextEncoder(nn.Module):
+    """input_ids (n, tokens) → last hidden state (n, tokens, width)."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids)[0]
+
+
+class VaeEncoder(nn.Module):
+    """pixels (n, 3, H, W) in −1…1 → the posterior's mean, scaled (n, c, h, w)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+
+
+class VaeDecoder(nn.Module):
+    """Scaled latents (n, c, h, w) → pixels (n, 3, H, W), about −1…1."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+
+class ClipUNet(nn.Module):
+    """The video UNet as a function of a clip's own values: everything else in it is constant."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """latents (b,c,f,h,w), timestep (b,), text (b,tokens,width), values by parameter name → noise or v."""
+        return torch.func.functional_call(self.unet, values, (latents, timestep, text))
+
+
+def input_name(parameter: str) -> str:
+    """The graph input of a clip's value: dots become underscores."""
+    return parameter.replace(".", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,38 +86,115 @@ class TorchEngine:
     inverted_latents: Tensor
 
     @property
+    def kind(self) -> EngineName:
+        return "pytorch"
+
+    @property
     def schedule(self) -> Schedule:
         return self.sd.schedule
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
+    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         return models.encode_prompt(self.sd, prompts)
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
         return models.encode_video(self.sd, frames)
 
-    @torch.no_grad()
-    def predict(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
-        timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
-        return self.sd.unet(latents, timesteps, text)
+    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+        return self.sd.predict(latents, timestep, text)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return models.decode_video(self.sd, latents)
 
 
 def open_checkpoint(
-    folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, base: str | None = None
+    folder: PathLike | ClipFolder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: PathLike | None = None,
 ) -> TorchEngine:
     """Loads a checkpoint and its base (`base` where it has moved).
 
     Raises InputError when either is missing, altered, or they do not belong together.
     """
+    place = usable_device(device)
     tuned = checkpoint.load(folder)
-    sd = models.load(models.checked_base(base or tuned.info.base, tuned.info.base_hash), dtype=dtype, device=device)
+    sd = models.load(checked_base(base or tuned.info.base, tuned.info.base_hash), dtype=dtype, device=place)
     models.put_values(sd.unet, tuned.values)
-    memory.check_editing(sd, tuned.info.frames, tuned.info.height, tuned.info.width)
+    _check_latents(sd, tuned)
+    eager.check_editing(sd, tuned.info.frames, tuned.info.height, tuned.info.width)
     return TorchEngine(
         sd=sd,
         info=tuned.info,
-        source_latents=tuned.source_latents.to(device, dtype),
-        inverted_latents=tuned.inverted_latents.to(device, dtype),
+        source_latents=tuned.source_latents.to(place, dtype),
+        inverted_latents=tuned.inverted_latents.to(place, dtype),
     )
+
+
+def _check_latents(sd: models.StableDiffusion, tuned: checkpoint.Checkpoint) -> None:
+    """Raises InputError where a clip's latents are not what its model makes of frames of its size."""
+    info, factor = tuned.info, sd.vae_factor
+    expected = (1, sd.unet.config.in_channels, info.frames, info.height // factor, info.width // factor)
+    if (shape := tuple(tuned.source_latents.shape)) != expected:
+        raise InputError(f"latents {shape}, but the model makes {expected} of the clip's frames")
+
+
+class ModelOfBase:
+    """The model of an exported base, found and hashed once for the reason, the memory and the opening."""
+
+    _found: Base | None = None
+
+    def _model(self, info: ClipInfo) -> Base:
+        self._found = self._found or checked_base(info.base, info.base_hash)
+        return self._found
+
+    def why_not(self, _folder: Path, info: ClipInfo, _device: torch.device) -> str | None:
+        """Why eager PyTorch, which needs the model itself, cannot serve the base; None where it can."""
+        try:
+            self._model(info)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def needed_bytes(self, _folder: Path, info: ClipInfo, _device: torch.device) -> int:
+        """What opening it takes in memory."""
+        return sum(file.stat().st_size for files in self._model(info).files.values() for file in files)
+
+    def open(self, folder: Path, info: ClipInfo, device: torch.device, _threads: int | None = None) -> TorchGraphs:
+        return TorchGraphs(folder, models.load(self._model(info), device=device), info)
+
+
+class TorchGraphs:
+    """The parts of the base model itself as functions; see `exported.Graphs`."""
+
+    frames_at_once = 8
+    has_threads = False
+
+    def __init__(self, folder: Path, sd: models.StableDiffusion, info: ClipInfo) -> None:
+        self.device, self._info, self._sd = sd.unet.device, info, sd
+        self._specs = specs.read(folder)
+        self.revision = f"{torch.__version__}"
+        self._parts = {
+            "text_encoder": TextEncoder(sd.text_encoder),
+            "vae_encoder": VaeEncoder(sd.vae),
+            "unet": ClipUNet(sd.unet),
+            "vae_decoder": VaeDecoder(sd.vae),
+        }
+        self._lock = threading.Lock()  # a clip's values take the place of the model's own during a call
+
+    def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
+        own = {name: value.to(self.device, torch.float32) for name, value in values.items()}
+        calls: dict[str, Call] = {name: partial(self._run, spec, own) for name, spec in self._specs.items()}
+        return calls, sum(value.nbytes for value in own.values())
+
+    @torch.no_grad()
+    def _run(self, spec: GraphSpec, own: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
+        moved = {name: value.to(self.device) for name, value in inputs.items()}
+        values = {parameter: own[value.name] for parameter, value in spec.values.items()}
+        with self._lock:
+            return spec.by_name(self._parts[spec.name](**moved, **({"values": values} if values else {})))
+
+    def extra_bytes(self, items: Mapping[str, int]) -> int:
+        info = self._info
+        beyond = eager.working_bytes(self._sd, info.frames, info.height, info.width)  # of one guided prompt
+        return beyond * max(1, items.get("unet", 0) // 2)

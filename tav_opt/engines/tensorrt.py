@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from tav_opt.checkpoint import load_tensors
 from tav_opt.config import InputError
 from tav_opt.contract import VERSION, ClipInfo
-from tav_opt.ddim import Schedule
 from tav_opt.engines import tensorrt_library
-from tav_opt.engines.onnxruntime import GRAPHS, OnnxBase, OnnxEngine, find_clip, revision_of
-from tav_opt.engines.tensorrt_library import ENGINES, Library, Target
-from tav_opt.engines.working_memory import WorkingMemory
-from tav_opt.files import altered, read_json
+from tav_opt.engines.cuda_graph import Replayed, SharedValues
+from tav_opt.engines.exported import Call, revision_of
+from tav_opt.engines.tensorrt_library import Library, Target
+from tav_opt.files import altered
+from tav_opt.repository import layout, specs
+from tav_opt.repository.layout import ENGINES, MANIFEST
+from tav_opt.schemas import EnginesManifest
 
-_NONE = WorkingMemory(np.zeros(1, np.int64), np.zeros(1, np.int64))
-"""What a run takes beyond what is held: engines hold their working memory from the start."""
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64}
 
 Deserialize = Callable[[Path], Any]
@@ -49,24 +44,19 @@ def deserializer(library: Library) -> Deserialize:
 
 
 class FixedEngine:
-    """One engine of fixed shapes: buffers made once, and a CUDA graph captured at the second call.
-
-    `shared` are buffers that other engines read too. One call at a time; the output is overwritten by the next.
-    """
+    """One engine of fixed shapes, with buffers of its own but for those in `shared`, which other engines read too."""
 
     def __init__(self, engine: Any, device: torch.device, shared: Mapping[str, Tensor]) -> None:
         self.engine = engine
         self._context = engine.create_execution_context()
         self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._calls = 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self._buffers = {name: shared[name] if name in shared else self._empty(name) for name in names}
-        for name, buffer in self._buffers.items():
+        buffers = {name: shared[name] if name in shared else self._empty(name) for name in names}
+        for name, buffer in buffers.items():
             self._context.set_tensor_address(name, buffer.data_ptr())
-        self._inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT" and name not in shared]
-        (self._output,) = [name for name in names if engine.get_tensor_mode(name).name == "OUTPUT"]
+        inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT" and name not in shared]
+        self._outputs = {n: buffers[n] for n in names if engine.get_tensor_mode(n).name == "OUTPUT"}
+        self._replayed = Replayed(self._launch, {name: buffers[name] for name in inputs}, device)
 
     def _empty(self, name: str) -> Tensor:
         shape = tuple(self.engine.get_tensor_shape(name))
@@ -75,42 +65,22 @@ class FixedEngine:
     @property
     def rows(self) -> int:
         """How long the first axis of its inputs is."""
-        return self._buffers[self._inputs[0]].shape[0]
+        return next(iter(self._replayed.buffers.values())).shape[0]
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Inputs of exactly the engine's shapes → its output."""
-        with self._on_stream():
-            for name in self._inputs:
-                self._buffers[name].copy_(inputs[name], non_blocking=True)
-            self._launch()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return self._buffers[self._output]
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs of exactly the engine's shapes → its outputs, which the next call overwrites."""
+        return self._replayed(inputs)
 
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.cuda.stream(self._stream)
-
-    def _launch(self) -> None:
-        self._calls += 1
-        if self._stream is None or self._calls == 1:  # the first call may compile and allocate: no graph of it
-            self._execute(0 if self._stream is None else self._stream.cuda_stream)
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._execute(self._stream.cuda_stream)
-        self._graph.replay()
-
-    def _execute(self, stream: int) -> None:
+    def _launch(self) -> dict[str, Tensor]:
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0
         if not self._context.execute_async_v3(stream):
             raise RuntimeError("the engine did not run: the vendor's log has the reason")
+        return self._outputs
 
     def forget_graph(self) -> None:
-        """After other weights were put in: the captured launches are of the old ones."""
-        self._graph, self._calls = None, 0
+        """After other weights were put in."""
+        self._replayed.forget()
 
 
 class Batched:
@@ -119,16 +89,16 @@ class Batched:
     def __init__(self, engines: list[FixedEngine]) -> None:
         self._engines = {engine.rows: engine for engine in engines}
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """Inputs whose first axis has any length → the output of that length, in fresh memory."""
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Inputs whose first axis has any length → the outputs of that length, in fresh memory."""
         rows = next(iter(inputs.values())).shape[0]
         parts, start = [], 0
         while start < rows:
             size = max((n for n in self._engines if n <= rows - start), default=min(self._engines))
             part = {name: _filled(value[start : start + size], size) for name, value in inputs.items()}
-            parts.append(self._engines[size](part)[: rows - start].clone())
+            parts.append({name: x[: rows - start].clone() for name, x in self._engines[size](part).items()})
             start += size
-        return torch.cat(parts)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:
@@ -138,25 +108,10 @@ def _filled(x: Tensor, rows: int) -> Tensor:
 
 
 class Values(Protocol):
-    """What puts a clip's values into the UNet's engines."""
+    """What puts a clip's values into the engines that take them."""
 
     def hold(self, clip: object, values: Mapping[str, Tensor]) -> None:
         """Puts them there unless they are; `clip` says whose they are."""
-
-
-class SharedValues:
-    """Device memory that all UNet engines of a base read as inputs: a switch of clips is one copy of each value."""
-
-    def __init__(self, buffers: dict[str, Tensor]) -> None:
-        self.buffers = buffers
-        self._clip: object = None
-
-    def hold(self, clip: object, values: Mapping[str, Tensor]) -> None:
-        if self._clip is clip:
-            return
-        for name, buffer in self.buffers.items():
-            buffer.copy_(values[name], non_blocking=True)
-        self._clip = clip
 
 
 class RefittedValues:
@@ -183,48 +138,90 @@ class RefittedValues:
         self._clip = clip
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorRtBase(OnnxBase):
-    """The engines of one base; `sessions` are `Batched` ones."""
+class TensorRtGraphs:
+    """The engines of one base; see `exported.Graphs`.
 
-    values: Values
-    lock: threading.Lock
+    Raises InputError when none fits this library and card, with the reasons; when one was altered; when the GPU has
+    too little memory.
+    """
 
-    @classmethod
-    def load(
-        cls, folder: Path, library: Library, card: str, device: torch.device, deserialize: Deserialize
-    ) -> TensorRtBase:
-        """Opens the engines in `base/<…>/engines` that fit this library and card.
+    frames_at_once = 4
+    has_threads = True
 
-        Raises InputError when none does, with the reasons; when one was altered; when the GPU has too little memory.
-        """
-        manifest = read_json(folder / "manifest.json")
-        engines = find(folder, library, card)
+    def __init__(
+        self,
+        base: Path,
+        library: Library,
+        card: str,
+        device: torch.device,
+        deserialize: Deserialize,
+        *,
+        engines: Path | None = None,
+    ) -> None:
+        """`engines`: the folder of those that do not have their place yet."""
+        self.device = device
+        engines = engines or find(base, library, card)
         _check_memory(engines, device)
-        contract = read_json(engines / "manifest.json")["contract"]
-        inputs = manifest["values"]
+        manifest = layout.manifest(engines, EnginesManifest)
+        self.revision = revision_of(manifest["files"])
+        self._specs = specs.read(base)
         buffers: dict[str, Tensor] = {}
-        if contract["values"] == "inputs":
-            (described, *_) = [found for name, found in contract["engines"].items() if name.startswith("unet-")]
-            shapes = {tensor["name"]: tensor["shape"] for tensor in described}
-            buffers = {name: torch.zeros(shapes[name], dtype=torch.float16, device=device) for name in inputs.values()}
+        if manifest["contract"]["values"] == "inputs":
+            values = [value for spec in self._specs.values() for value in spec.values.values()]
+            buffers = {x.name: torch.zeros(x.fixed(0), dtype=torch.float16, device=device) for x in values}
         fixed = {
             name: [FixedEngine(deserialize(path), device, buffers) for path in sorted(engines.glob(f"{name}-*.engine"))]
-            for name in GRAPHS
+            for name in self._specs
         }
-        return cls(
-            folder=folder,
-            revision=revision_of([manifest["files"], read_json(engines / "manifest.json")["files"]]),
-            working=dict.fromkeys(GRAPHS, _NONE),
-            sessions={name: Batched(found) for name, found in fixed.items()},
-            tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-            tokens=manifest["tokens"],
-            value_inputs=inputs,
-            schedule=Schedule.from_config(manifest["scheduler"]),
-            device=device,
-            values=SharedValues(buffers) if buffers else RefittedValues(library, fixed["unet"]),
-            lock=threading.Lock(),
-        )
+        self.batched = {name: Batched(found) for name, found in fixed.items()}
+        refitted = [engine for name, spec in self._specs.items() if spec.values for engine in fixed[name]]
+        self.values: Values = SharedValues(buffers) if buffers else RefittedValues(library, refitted)
+        self.lock = threading.Lock()
+
+    @classmethod
+    def of(cls, base: Path, _info: ClipInfo, device: torch.device, _threads: int | None = None) -> TensorRtGraphs:
+        """The engines for a GPU of this machine, of whichever library has some."""
+        library, card = _fitting(base, device)
+        return cls(base, library, card, device, deserializer(library))
+
+    def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
+        """The values stay on the device, in fp16."""
+        own = {name: value.to(self.device, torch.float16) for name, value in values.items()}
+        calls = {name: _Turn(self, name, own if spec.values else None) for name, spec in self._specs.items()}
+        return calls, sum(value.nbytes for value in own.values())
+
+    def extra_bytes(self, _items: Mapping[str, int]) -> int:
+        """Nothing: engines hold their working memory from the start."""
+        return 0
+
+
+def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
+    """Why no engine can serve a base on a device; None where one can."""
+    try:
+        _fitting(base, device)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
+    """What opening the base takes in memory."""
+    library, card = _fitting(base, device)
+    return sum(path.stat().st_size for path in find(base, library, card).glob("*.engine"))
+
+
+def _fitting(base: Path, device: torch.device) -> tuple[Library, str]:
+    """The library, and the card's name for it, that the base has engines for; raises InputError with the reasons."""
+    reasons = []
+    for target in get_args(Target):
+        try:
+            library = tensorrt_library.load(target)
+            card = tensorrt_library.present_card(library, device)
+            find(base, library, card)
+            return library, card
+        except InputError as error:
+            reasons.append(str(error))
+    raise InputError("; ".join(reasons))
 
 
 def find(folder: Path, library: Library, card: str) -> Path:
@@ -232,14 +229,19 @@ def find(folder: Path, library: Library, card: str) -> Path:
 
     Of several sets, one whose values are inputs comes before one to refit, and the plugin before standard attention.
     """
-    made_of = read_json(folder / "manifest.json")["files"]
-    reasons = []
-    found = [(read_json(path), path) for path in sorted((folder / ENGINES).glob("*/manifest.json"))]
-    for manifest, path in sorted(found, key=lambda pair: [pair[0]["contract"][key] for key in ("values", "attention")]):
+    made_of = layout.manifest(folder)["files"]
+    reasons, found = [], []
+    for path in sorted((folder / ENGINES).glob(f"tensorrt*/{MANIFEST}")):
         try:
-            tensorrt_library.check_fits(manifest, library, card, path.parent)
-            _check_contract(manifest, made_of, path.parent)
-            return path.parent
+            found.append((layout.manifest(path.parent, EnginesManifest), path.parent))
+        except InputError as error:
+            reasons.append(str(error))
+    found.sort(key=lambda one: [one[0]["contract"][key] for key in ("values", "attention")])
+    for manifest, engines in found:
+        try:
+            tensorrt_library.check_fits(manifest, library, card, engines)
+            _check_contract(manifest, made_of, engines)
+            return engines
         except InputError as error:
             reasons.append(str(error))
     hint = f"python -m tav_opt.export … --target {library.target}"
@@ -265,55 +267,11 @@ def _check_memory(engines: Path, device: torch.device) -> None:
 class _Turn:
     """One graph for one clip: buffers and values are the base's, so clips take turns."""
 
-    def __init__(self, base: TensorRtBase, name: str, values: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, base: TensorRtGraphs, name: str, values: dict[str, Tensor] | None) -> None:
         self._base, self._name, self._values = base, name, values
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         with self._base.lock:
             if self._values is not None:
                 self._base.values.hold(self, self._values)
-            return self._base.sessions[self._name](**inputs)
-
-
-class TensorRtEngine(OnnxEngine):
-    """An exported clip on the engines of its base; see `engines.Engine`."""
-
-    @classmethod
-    def load(cls, folder: Path, base: TensorRtBase) -> TensorRtEngine:
-        """Opens `clips/<name>`; its values stay on the device, in fp16.
-
-        Raises InputError when the clip is altered, belongs to another base, or tuned other parameters.
-        """
-        manifest = read_json(folder / "manifest.json")
-        info = ClipInfo.from_json(manifest)
-        if info.exported_base != base.folder.name:
-            raise InputError(f"clip {folder.name} belongs to base {info.exported_base}, not to {base.folder.name}")
-        if changed := altered(folder, manifest["files"]):
-            raise InputError(f"{folder}: {', '.join(changed)} missing or altered: remove {folder} and export again")
-        tensors = load_tensors(folder / "values.safetensors")
-        if set(tensors) != set(base.value_inputs):
-            raise InputError(f"clip {folder.name} tuned other parameters than base {base.folder.name} takes")
-        values = {base.value_inputs[name]: value.to(base.device, torch.float16) for name, value in tensors.items()}
-        latents = load_tensors(folder / "latents.safetensors")
-        graphs: dict[str, Any] = {name: _Turn(base, name) for name in GRAPHS}
-        return cls(
-            base=base,
-            info=info,
-            revision=revision_of([manifest, base.revision]),
-            nbytes=sum(tensor.nbytes for tensor in (*values.values(), *latents.values())),
-            source_latents=latents["source"].to(base.device),
-            inverted_latents=latents["inverted"].to(base.device),
-            graphs=graphs | {"unet": _Turn(base, "unet", values)},
-        )
-
-
-def open_clip(repository: Path, name: str, *, target: Target = "tensorrt") -> TensorRtEngine:
-    """Opens an exported clip of a model repository on the engines for this machine's GPU.
-
-    Raises InputError for a name that is not there, a missing library or GPU, and as the base and the clip do.
-    """
-    clip, base = find_clip(repository, name)
-    library = tensorrt_library.load(target)
-    card = tensorrt_library.present_card(library)
-    opened = TensorRtBase.load(base, library, card, torch.device("cuda"), deserializer(library))
-    return TensorRtEngine.load(clip, opened)
+            return self._base.batched[self._name](**inputs)

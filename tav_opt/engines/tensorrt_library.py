@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 
 from tav_opt.config import InputError
+from tav_opt.repository.specs import TensorSpec
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
-ENGINES = "engines"
-"""The folder of a base that holds its engines, one folder per card, version and contract."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +51,21 @@ def supported_cards(library: Library) -> list[str]:
     return sorted(name.lower() for name in library.trt.ComputeCapability.__members__ if name.startswith("SM"))
 
 
-def present_card(library: Library) -> str:
+def present_card(library: Library, device: torch.device | None = None) -> str:
     """What the engines of this machine's GPU are named by: its architecture for RTX, else its full name too.
 
     Raises InputError where there is no GPU.
     """
+    if device is not None and device.type != "cuda":
+        raise InputError(f"{library.target} runs on CUDA GPUs")
     if not torch.cuda.is_available():
         hint = "" if library.builds_without_gpu else "; tensorrt-rtx builds for named cards without one"
         raise InputError(f"{library.target}: PyTorch sees no CUDA GPU{hint}")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     architecture = f"sm{major}{minor}"
     if library.builds_without_gpu:
         return architecture
-    return f"{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')}-{architecture}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """One input or output of an engine, by name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    return f"{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name(device).lower()).strip('-')}-{architecture}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +75,8 @@ class Contract:
     base: str
     attention: Literal["plugin", "standard"]
     values: Literal["inputs", "refit"]
-    engines: dict[str, tuple[Tensor, ...]]
-    """Inputs, then the output, by engine file."""
+    engines: dict[str, tuple[TensorSpec, ...]]
+    """Inputs, then the outputs, by engine file."""
 
     @property
     def hash(self) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
+from tqdm import tqdm
 
-from tav_opt import command
-from tav_opt.config import ClipConfig, InputError, TrainConfig
+from tav_opt import command, progress
+from tav_opt.config import ClipConfig, Count, DdimSteps, Index, InputError, Side, TrainConfig, check_numbers
 
 if TYPE_CHECKING:
-    from tav_opt.export import tensorrt
-    from tav_opt.export.parity import Parity
+    from tav_opt.export.parity import OnGraph, Parity
+    from tav_opt.export.tensorrt import build
+    from tav_opt.export.whole_edit import EditParity, OnEdit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,17 @@ class ExportConfig:
     """Model repository, made where it is not there."""
     name: str | None = None
     """The clip's name there (the checkpoint folder's)."""
-    target: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
-    """onnx: graphs for ONNX Runtime. tensorrt: engines for this machine's GPU, with our kernel inside; written against
-    TensorRT's API and never run so far. tensorrt-rtx: engines for the cards of --arch, built without a GPU; built, and
-    never run so far."""
+    target: Literal["onnx", "compiled", "tensorrt", "tensorrt-rtx"] = "onnx"
+    """onnx: graphs for ONNX Runtime; every target writes them. compiled: programs by PyTorch's AOTInductor, which needs
+    a C++ compiler, for this machine's GPU (fp16; never run so far), or its processor where it has none. tensorrt:
+    engines for this machine's GPU, with our kernel inside; written against TensorRT's API and never run so far.
+    tensorrt-rtx: engines for the cards of --arch, built without a GPU; built, and never run so far."""
     arch: tuple[str, ...] = ()
     """Cards for tensorrt-rtx by architecture, e.g. sm89 sm120; none: this machine's GPU."""
     plugin: bool = True
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
+    half: bool = False
+    """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
     """The clip's values as constants to refit, not as inputs: to measure one against the other."""
     debug_parity: bool = False
@@ -48,59 +53,59 @@ class ExportConfig:
     """Caption; only for a directory that the reference saved, as are all below."""
     video: Path | None = None
     """Source clip that it was tuned on."""
-    start: int = ClipConfig.start
-    stride: int = ClipConfig.stride
-    frames: int = ClipConfig.frames
+    start: Index = ClipConfig.start
+    stride: Count = ClipConfig.stride
+    frames: Count = ClipConfig.frames
     uniform: bool = ClipConfig.uniform
-    height: int = ClipConfig.height
-    width: int = ClipConfig.width
+    height: Side = ClipConfig.height
+    width: Side = ClipConfig.width
     fit: Literal["crop", "squash"] = ClipConfig.fit
-    inversion_steps: int = TrainConfig.inversion_steps
+    inversion_steps: DdimSteps = TrainConfig.inversion_steps
 
     def source(self) -> ClipConfig | None:
         """The clip to read, if one is given."""
         if self.video is None:
             return None
-        return ClipConfig(
-            video=self.video,
-            start=self.start,
-            stride=self.stride,
-            frames=self.frames,
-            uniform=self.uniform,
-            height=self.height,
-            width=self.width,
-            fit=self.fit,
-        )
+        return ClipConfig(**{field.name: getattr(self, field.name) for field in fields(ClipConfig)})
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tav_opt.export") -> int:
     """Returns 0, 1 when a graph departs from eager PyTorch or cannot be compiled, 2 for bad input."""
+    return command.run(prog, lambda given: export(given, prog), arguments)
+
+
+def export(arguments: Sequence[str], prog: str) -> int:
+    """As `main`; errors are the caller's to tell."""
     config = tyro.cli(ExportConfig, prog=prog, args=arguments)
-    return command.run(prog, lambda: _export(config, prog))
-
-
-def _export(config: ExportConfig, prog: str) -> int:
+    check_numbers(config)
     if not config.checkpoint.is_dir():
         raise InputError(f"checkpoint {config.checkpoint} does not exist or is no folder")
-    from tav_opt.export import builder, parity, repository
+    from tav_opt.export import exporting, parity
+    from tav_opt.export.tensorrt import builder
 
     plan = _plan(config)
 
     def report(name: str, found: Parity) -> None:
         print(f"{name}: largest error {found.error:.1e} against eager PyTorch (tolerance {found.tolerance.error:.0e})")
 
+    def report_edit(name: str, found: EditParity) -> None:
+        print(f"a whole edit by {name}: {found.psnr:.1f} dB against eager PyTorch ({found.least:g} dB at least)")
+
     try:
-        folder = repository.export(
-            config.checkpoint,
-            config.repository,
-            name=config.name,
-            base=config.base,
-            source=config.source(),
-            prompt=config.prompt,
-            inversion_steps=config.inversion_steps,
-            on_graph=report,
-        )
-        folders = [folder] if plan is None else _engines(plan, folder, config.base)
+        with progress.shown(leave=False) as on_progress:
+            folder = exporting.export(
+                config.checkpoint,
+                config.repository,
+                name=config.name,
+                base=config.base,
+                source=config.source(),
+                prompt=config.prompt,
+                inversion_steps=config.inversion_steps,
+                on_graph=report,
+                on_edit=report_edit,
+                on_progress=on_progress,
+            )
+        folders = [folder, *_beside(config, plan, folder, report, report_edit)]
     except (parity.ParityError, builder.BuildError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
@@ -108,16 +113,43 @@ def _export(config: ExportConfig, prog: str) -> int:
     return 0
 
 
-def _plan(config: ExportConfig) -> tensorrt.Plan | None:
+def _beside(
+    config: ExportConfig, plan: build.Plan | None, clip: Path, on_graph: OnGraph, on_edit: OnEdit
+) -> list[Path]:
+    """What is made beside the graphs."""
+    if plan is not None:
+        return _engines(plan, clip, config.base)
+    if config.target == "compiled":
+        from tav_opt.export import compiled
+
+        with progress.shown(leave=False) as on_progress:
+            folder = compiled.export(
+                clip, base=config.base, on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
+            )
+        return [folder]
+    if config.half:
+        from tav_opt.export import half_graph
+
+        with progress.shown(leave=False) as on_progress:
+            folder = half_graph.export(
+                clip, base=config.base, on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
+            )
+        return [folder]
+    return []
+
+
+def _plan(config: ExportConfig) -> build.Plan | None:
     """What engines are asked for, if any, found possible before anything is exported."""
-    if config.target == "onnx":
+    if config.half and config.target != "onnx":
+        raise InputError(f"--half is for --target onnx; {config.target} has a precision of its own")
+    if config.target == "onnx" or config.target == "compiled":
         if config.arch or config.refit or config.debug_parity:
             raise InputError("--arch, --refit and --debug-parity are for --target tensorrt and tensorrt-rtx")
         return None
-    from tav_opt.export import tensorrt
+    from tav_opt.export.tensorrt import build
 
-    return tensorrt.plan(
-        tensorrt.EngineConfig(
+    return build.plan(
+        build.EngineConfig(
             target=config.target,
             cards=config.arch,
             plugin=config.plugin,
@@ -127,19 +159,15 @@ def _plan(config: ExportConfig) -> tensorrt.Plan | None:
     )
 
 
-def _engines(plan: tensorrt.Plan, clip: Path, base: str | None) -> list[Path]:
-    from tqdm import tqdm
+def _engines(plan: build.Plan, clip: Path, base: str | None) -> list[Path]:
+    from tav_opt.export.tensorrt import build
 
-    from tav_opt.export import tensorrt
+    with progress.shown(leave=False) as on_progress:
+        return build.export(plan, clip, base=base, say=_say, on_progress=on_progress)
 
-    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
-        def on_progress(what: str, step: int, steps: int) -> None:
-            bar.set_description(what, refresh=False)
-            bar.total, bar.n = steps, step
-            bar.refresh()
-
-        return tensorrt.export(plan, clip, base=base, say=bar.write, on_progress=on_progress)
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

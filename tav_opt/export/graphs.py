@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,115 +15,102 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 from torch.export import Dim
 
+from tav_opt.checkpoint import VALUES, load_tensors
+from tav_opt.engines import pytorch
+from tav_opt.engines.pytorch import ClipUNet, TextEncoder, TorchEngine, VaeDecoder, VaeEncoder, input_name
 from tav_opt.export.sparse_causal import OPSET, Body, append_body, translate
 from tav_opt.models import StableDiffusion
+from tav_opt.repository.specs import GraphSpec, TensorSpec
 from tav_opt.unet import VideoUNet
-
-
-class TextEncoder(nn.Module):
-    """input_ids (n, tokens) → last hidden state (n, tokens, width)."""
-
-    def __init__(self, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.text_encoder(input_ids)[0]
-
-
-class VaeEncoder(nn.Module):
-    """pixels (n, 3, H, W) in −1…1 → the posterior's mean, scaled (n, c, h, w)."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
-
-
-class VaeDecoder(nn.Module):
-    """Scaled latents (n, c, h, w) → pixels (n, 3, H, W), about −1…1."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
-
-
-class ClipUNet(nn.Module):
-    """The video UNet as a function of a clip's own values: everything else in it is constant."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """latents (b,c,f,h,w), timestep (b,), text (b,tokens,width), values by parameter name → noise or v."""
-        return torch.func.functional_call(self.unet, values, (latents, timestep, text))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A module to export and the tensors it is traced with: the first axis of `inputs` is free, `values` are fixed."""
+    """A module to export, what it takes and gives, and the clip's own values that it is traced with."""
 
-    name: str
+    spec: GraphSpec
     module: nn.Module
-    inputs: dict[str, Tensor]
-    output: str
-    axis: str
-    values: dict[str, Tensor] | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """By parameter."""
     below: int = 0
     """Integer inputs lie in 0…below-1."""
 
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
-def input_name(parameter: str) -> str:
-    """The graph input of a clip's value: dots become underscores."""
-    return parameter.replace(".", "_")
+    def traced(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Arguments to trace the module with, their free axes 2 long; and the values by keyword, where it takes some.
+
+        As the last positional argument a dictionary would be taken for keyword arguments.
+        """
+        shapes = [(spec.fixed(2), getattr(torch, spec.dtype)) for spec in self.spec.inputs]
+        weight = next(self.module.parameters(), None)
+        device = None if weight is None else weight.device
+        zeros = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes)
+        return zeros, self.keywords(self.values)
+
+    def shapes(self, free: Callable[[str], Dim]) -> dict[str, Any]:
+        """What torch.export is told of the axes: those that are free, and that a clip's values have none."""
+        axes = {name: free(name) for spec in self.spec.inputs for name in spec.free.values()}
+        found: dict[str, Any] = {
+            spec.name: {number: axes[name] for number, name in spec.free.items()} for spec in self.spec.inputs
+        }
+        return found | self.keywords(dict.fromkeys(self.values))
+
+    def keywords(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A clip's values as the module takes them."""
+        return {"values": dict(values)} if self.values else {}
+
+    def run(self, inputs: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module on inputs by name and another clip's values by parameter."""
+        given = [inputs[spec.name] for spec in self.spec.inputs]
+        return self.spec.by_name(self.module(*given, **self.keywords(values)))
 
 
 def graphs(sd: StableDiffusion, values: dict[str, Tensor], latent_shape: Sequence[int]) -> list[Graph]:
     """The graphs of a base for clips whose latents are (c, f, h, w), with tensors to trace them."""
     c, _, h, w = latent_shape
-    tokens = sd.tokenizer.model_max_length
-    pixels = torch.zeros(2, 3, h * sd.vae_factor, w * sd.vae_factor)
+    tokens, width = sd.tokenizer.model_max_length, sd.unet.config.cross_attention_dim
+    text = _tensor("text", "n", tokens, width)
+    latents, pixels = _tensor("latents", "n", c, h, w), _tensor("pixels", "n", 3, h * sd.vae_factor, w * sd.vae_factor)
+    ids = _tensor("input_ids", "n", tokens, dtype="int64")
     return [
         Graph(
-            name="text_encoder",
+            spec=GraphSpec(name="text_encoder", inputs=(ids,), outputs=(text,)),
             module=TextEncoder(sd.text_encoder),
-            inputs={"input_ids": torch.zeros(2, tokens, dtype=torch.int64)},
-            output="text",
-            axis="n",
             below=sd.text_encoder.config.vocab_size,
         ),
-        Graph(name="vae_encoder", module=VaeEncoder(sd.vae), inputs={"pixels": pixels}, output="latents", axis="n"),
+        Graph(spec=GraphSpec(name="vae_encoder", inputs=(pixels,), outputs=(latents,)), module=VaeEncoder(sd.vae)),
         unet_graph(sd.unet, values, latent_shape, tokens, len(sd.schedule.alphas_cumprod)),
-        Graph(
-            name="vae_decoder",
-            module=VaeDecoder(sd.vae),
-            inputs={"latents": torch.zeros(2, c, h, w)},
-            output="pixels",
-            axis="n",
-        ),
+        Graph(spec=GraphSpec(name="vae_decoder", inputs=(latents,), outputs=(pixels,)), module=VaeDecoder(sd.vae)),
     ]
+
+
+def _tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name=name, shape=shape, dtype=dtype)
+
+
+def of_clip(clip: Path, base: str | None = None) -> tuple[TorchEngine, list[Graph]]:
+    """An exported clip in eager PyTorch, and its base's graphs traced with its values; `base`: where that is now."""
+    eager = pytorch.open_checkpoint(clip, base=base)
+    values = {name: value.float() for name, value in load_tensors(clip / VALUES).items()}
+    return eager, graphs(eager.sd, values, eager.source_latents.shape[1:])
 
 
 def unet_graph(
     unet: VideoUNet, values: dict[str, Tensor], latent_shape: Sequence[int], tokens: int, timesteps: int
 ) -> Graph:
     """The UNet's graph for latents (c, f, h, w), so many tokens and timesteps."""
+    text = _tensor("text", "b", tokens, unet.config.cross_attention_dim)
     return Graph(
-        name="unet",
+        spec=GraphSpec(
+            name="unet",
+            inputs=(_tensor("latents", "b", *latent_shape), _tensor("timestep", "b", dtype="int64"), text),
+            outputs=(_tensor("noise", "b", *latent_shape),),
+            values={name: _tensor(input_name(name), *value.shape) for name, value in values.items()},
+        ),
         module=ClipUNet(unet),
-        inputs={
-            "latents": torch.zeros(2, *latent_shape),
-            "timestep": torch.zeros(2, dtype=torch.int64),
-            "text": torch.zeros(2, tokens, unet.config.cross_attention_dim),
-        },
-        output="noise",
-        axis="b",
         values=values,
         below=timesteps,
     )
@@ -132,21 +119,16 @@ def unet_graph(
 @torch.no_grad()
 def write(graph: Graph, folder: Path, body: Body = "onnxruntime") -> Path:
     """Writes `<name>.onnx`, and its weights beside it in `<name>.onnx.data`, into `folder`."""
-    # The bounds of the free axis are those of the trace, not of the file: it runs at any length.
-    free = Dim(graph.axis, min=2, max=3)
-    shapes: dict[str, Any] = {name: {0: free} for name in graph.inputs}
-    kwargs: dict[str, Any] = {}
-    if graph.values is not None:
-        shapes["values"] = dict.fromkeys(graph.values)
-        # By keyword: a dictionary as the last positional argument would be taken for keyword arguments.
-        kwargs["values"] = graph.values
-    with _quiet():
+    arguments, kwargs = graph.traced()
+    # The bounds of a free axis are those of the trace, not of the file: it runs at any length.
+    shapes = graph.shapes(lambda name: Dim(name, min=2, max=3))
+    with quiet():
         program = torch.onnx.export(
             graph.module.eval(),
-            tuple(graph.inputs.values()),
+            arguments,
             kwargs=kwargs,
             dynamic_shapes=shapes,
-            output_names=[graph.output],
+            output_names=[spec.name for spec in graph.spec.outputs],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -154,19 +136,19 @@ def write(graph: Graph, folder: Path, body: Body = "onnxruntime") -> Path:
         )
     assert program is not None
     model = program.model
-    names = [*graph.inputs, *map(input_name, graph.values or {})]
+    names = [spec.name for spec in (*graph.spec.inputs, *graph.spec.values.values())]
     assert len(names) == len(set(names)) == len(model.graph.inputs), "an input was dropped, or two have one name"
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
     ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
     append_body(model, body)
-    path = folder / f"{graph.name}.onnx"
+    path = folder / graph.spec.file
     program.save(path, external_data=True)
     return path
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter warns of every buffer and of packages that are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto
 
-from tav_opt.config import InputError
+from tav_opt.engines.onnxruntime import load_onnxruntime
 from tav_opt.export import sparse_causal
 from tav_opt.export.rounding import cast_to
 
@@ -31,11 +31,10 @@ Attention = Literal["plugin", "onnxruntime", "standard"]
 
 def convert(model: ModelProto, values: Collection[str], islands: Iterable[str] = STATISTICS) -> ModelProto:
     """Converts a loaded fp32 graph, in place; a clip's `values` become fp16 inputs, all other inputs stay fp32."""
-    try:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-        from onnxruntime.transformers.onnx_model import OnnxModel
-    except ImportError:
-        raise InputError("onnxruntime is not installed: pip install 'tav-opt[cpu]', or [gpu]") from None
+    load_onnxruntime()
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
     kept = [tensor.name for tensor in (*model.graph.input, *model.graph.output) if tensor.name not in values]
     half = convert_float_to_float16(
         model,

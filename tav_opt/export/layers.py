@@ -16,7 +16,7 @@ import torch
 from tav_opt.config import InputError
 from tav_opt.engines.onnxruntime import session
 from tav_opt.engines.tensorrt_library import Library
-from tav_opt.export.builder import Network
+from tav_opt.export.tensorrt.builder import Network
 
 Feed = Mapping[str, np.ndarray]
 Runner = Any
@@ -44,8 +44,8 @@ def onnxruntime_runner(path: Path, name: str) -> Runner:
     return OnnxrtRunner(session(path, torch.device("cpu")), name=name)
 
 
-def eager_runner(call: Callable[[Feed], np.ndarray], like: Feed, output: str) -> Runner:
-    """Runs a function of inputs named and typed as in `like` that gives the one output."""
+def eager_runner(call: Callable[[Feed], Feed], like: Feed) -> Runner:
+    """Runs a function of inputs named and typed as in `like` that gives outputs by name."""
     _polygraphy()
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
@@ -59,9 +59,9 @@ def eager_runner(call: Callable[[Feed], np.ndarray], like: Feed, output: str) ->
 
         def infer_impl(self, feed_dict: Feed) -> Any:
             start = time.perf_counter()
-            found = np.ascontiguousarray(call(feed_dict))
+            found = OrderedDict((name, np.ascontiguousarray(output)) for name, output in call(feed_dict).items())
             self.inference_time = time.perf_counter() - start  # Polygraphy adds them up
-            return OrderedDict({output: found})
+            return found
 
     return Eager(name="eager")
 

@@ -31,7 +31,7 @@ def milliseconds(width: int, n: int, tile: Tile) -> float:
     """The median of one call in fp16; infinite where the tile does not fit the card."""
     q, k, v = (torch.randn(CLIPS * FRAMES, n, HEADS * width, device="cuda", dtype=torch.float16) for _ in range(3))
     try:
-        return triton.testing.do_bench(lambda: launch(q, k, v, FRAMES, HEADS, tile), return_mode="median")
+        return triton.testing.do_bench(lambda: launch(q, k, v, FRAMES, HEADS, tile=tile), return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return float("inf")
 

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tav_opt.kernels import reference
-from tav_opt.kernels.layout import check, on_kernel
+from tav_opt.kernels import naive
+from tav_opt.kernels.inputs import on_kernel
+from tav_opt.kernels.op import register
 
 
-@torch.library.custom_op("tav_opt::sparse_causal_attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    check(q, k, v, frames, heads)
-    if on_kernel(q):
-        from tav_opt.kernels.sparse_causal_kernel import launch
+def _launch(*inputs: Any, **options: Any) -> Tensor:
+    from tav_opt.kernels.sparse_causal_kernel import launch  # Triton is imported where it runs, and not before
 
-        return launch(q, k, v, frames, heads)
-    return reference.sparse_causal_attention(q, k, v, frames, heads).contiguous()
+    return launch(*inputs, **options)
 
 
-@_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.frames, ctx.heads = inputs
-    ctx.save_for_backward(q, k, v)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Through the naive twin, computed again."""
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        out = reference.sparse_causal_attention(q, k, v, ctx.frames, ctx.heads)
-    return *torch.autograd.grad(out, (q, k, v), grad), None, None
-
-
-_op.register_autograd(_backward, setup_context=_keep_inputs)
+register("sparse_causal_attention", naive.sparse_causal_attention, _launch, lambda _q, _frames: True)
 
 
 def sparse_causal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
@@ -48,5 +29,5 @@ def sparse_causal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads:
     """
     if torch.is_grad_enabled() and not on_kernel(q) and not torch.compiler.is_compiling():
         # Tuning on a CPU: the twin's own graph spares the op's backward a third forward pass.
-        return reference.sparse_causal_attention(q, k, v, frames, heads)
+        return naive.sparse_causal_attention(q, k, v, frames, heads)
     return torch.ops.tav_opt.sparse_causal_attention(q, k, v, frames, heads)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tav_opt.kernels.layout import LOG2_E, check_launch, split_width
+from tav_opt.kernels.inputs import LOG2_E, check_launch, split_width
 from tav_opt.kernels.tiles import Tile, architecture, sparse_causal_tile
 
 
@@ -131,14 +131,20 @@ def constants(width: int, n: int, tile: Tile) -> dict[str, int | float | bool]:
     }
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, tile: Tile | None = None) -> Tensor:
-    """Runs the kernel: q, k, v (b f) n c → (b f) n c, contiguous; `tile` in place of the table's (autotuning)."""
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, *, tile: Tile | None = None, traced: bool = False
+) -> Tensor:
+    """Runs the kernel: q, k, v (b f) n c → (b f) n c, contiguous; `tile` in place of the table's (autotuning).
+
+    `traced`: the call becomes a node of the graph that is being traced, with the kernel and its constants.
+    """
     width = check_launch(q, k, v, heads)
     bf, n, _ = q.shape
     tile = tile or sparse_causal_tile(architecture(q), n, width, q.element_size())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    sparse_causal_kernel[(triton.cdiv(n, tile.queries), heads, bf)](
+    kernel = torch.library.wrap_triton(sparse_causal_kernel) if traced else sparse_causal_kernel
+    kernel[(triton.cdiv(n, tile.queries), heads, bf)](
         q, k, v, frames, n, *strides, out,
         **constants(width, n, tile), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

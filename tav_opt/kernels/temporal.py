@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tav_opt.kernels import reference
-from tav_opt.kernels.layout import check, on_kernel
+from tav_opt.kernels import naive
+from tav_opt.kernels.inputs import on_kernel
+from tav_opt.kernels.op import register
 
 
 def fits(x: Tensor, frames: int) -> bool:
@@ -14,35 +17,13 @@ def fits(x: Tensor, frames: int) -> bool:
     return frames <= (128 if x.element_size() == 2 else 32)
 
 
-@torch.library.custom_op("tav_opt::temporal_attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    check(q, k, v, frames, heads)
-    if on_kernel(q) and fits(q, frames):
-        from tav_opt.kernels.temporal_kernel import launch
+def _launch(*inputs: Any, **options: Any) -> Tensor:
+    from tav_opt.kernels.temporal_kernel import launch  # Triton is imported where it runs, and not before
 
-        return launch(q, k, v, frames, heads)
-    return reference.temporal_attention(q, k, v, frames, heads).contiguous()
+    return launch(*inputs, **options)
 
 
-@_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, ctx.frames, ctx.heads = inputs
-    ctx.save_for_backward(q, k, v)
-
-
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """Through the naive twin, computed again."""
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        out = reference.temporal_attention(q, k, v, ctx.frames, ctx.heads)
-    return *torch.autograd.grad(out, (q, k, v), grad), None, None
-
-
-_op.register_autograd(_backward, setup_context=_keep_inputs)
+register("temporal_attention", naive.temporal_attention, _launch, fits)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
@@ -53,4 +34,4 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int)
     """
     if on_kernel(q) and fits(q, frames):
         return torch.ops.tav_opt.temporal_attention(q, k, v, frames, heads)
-    return reference.temporal_attention(q, k, v, frames, heads)
+    return naive.temporal_attention(q, k, v, frames, heads)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tav_opt.kernels.layout import LOG2_E, check_launch, split_width
+from tav_opt.kernels.inputs import LOG2_E, check_launch, split_width
 from tav_opt.kernels.sparse_causal_kernel import load_rows, store_rows
 
 
@@ -104,13 +104,17 @@ def warps(frames: int, width: int) -> int:
     return 4 if frames <= 64 and width <= 128 else 8
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:
-    """Runs the kernel: q, k, v (b f) n c → (b f) n c, contiguous; clips as long as `temporal.fits` allows."""
+def launch(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, *, traced: bool = False) -> Tensor:
+    """Runs the kernel: q, k, v (b f) n c → (b f) n c, contiguous; clips as long as `temporal.fits` allows.
+
+    `traced`: the call becomes a node of the graph that is being traced, with the kernel and its constants.
+    """
     width = check_launch(q, k, v, heads)
     bf, n, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    temporal_kernel[grid(bf // frames, frames, n, heads, q.element_size())](
+    kernel = torch.library.wrap_triton(temporal_kernel) if traced else temporal_kernel
+    kernel[grid(bf // frames, frames, n, heads, q.element_size())](
         q, k, v, n, *strides, out,
         **constants(width, frames, q.element_size()), num_warps=warps(frames, width), num_stages=1,
     )  # fmt: skip

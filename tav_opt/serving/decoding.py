@@ -21,7 +21,7 @@ import numpy as np
 from tav_opt import video
 from tav_opt.config import InputError
 from tav_opt.contract import MAX_VIDEO_BYTES, ClipInfo
-from tav_opt.sources import Limits
+from tav_opt.video.containers import Limits
 
 REFUSED = 2
 """Exit status for a file that is at fault."""

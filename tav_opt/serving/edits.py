@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tav_opt import editing, video
+from tav_opt import ddim, editing, video
 from tav_opt.config import InputError
-from tav_opt.contract import ClipInfo, Request, from_tensors
+from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors
+from tav_opt.ddim import Timestep
 from tav_opt.engines import Engine
-from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE
+from tav_opt.memory.promises import Memory
 from tav_opt.serving import previews
+from tav_opt.serving.batching import Batches
 from tav_opt.serving.failures import Unavailable
 from tav_opt.serving.inversions import Inversions, key
-from tav_opt.serving.memory import Memory
 from tav_opt.serving.report import Report
 
 Send = Callable[[dict[str, np.ndarray]], None]
@@ -38,7 +40,13 @@ class ServedEngine(Engine, Protocol):
 
     @property
     def revision(self) -> str:
-        """Another for every export."""
+        """Another for every export, and for every engine."""
+
+    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+        """`timestep`: one for all rows, or int64 (b,)."""
+
+    def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
+        """As every engine; `on_part` is called before each call of the VAE."""
 
     def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
         """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
@@ -46,7 +54,7 @@ class ServedEngine(Engine, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Editor:
-    """What edits are made with, one at a time."""
+    """What edits are made with; any number of threads may ask."""
 
     clips: Callable[[str], ServedEngine]
     """Raises UnknownClip, Unavailable, and RuntimeError for a damaged one."""
@@ -55,6 +63,7 @@ class Editor:
     """Decodes a video file that was sent."""
     memory: Memory
     """Of the device."""
+    batches: Batches = field(default_factory=Batches)
     preview_maps: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
     """By the clip's revision."""
 
@@ -72,106 +81,113 @@ class Editor:
         editing.check(request.edit)
         with report.stage("open"):
             engine = self.clips(request.clip)
+        request = replace(request, edit=engine.info.edited(request.edit, request.given))
+        check_request(request)
+        report.request, report.engine = request, engine.kind
         _check_source(request, engine)
 
-        def choose() -> int:
-            report.at_once, needed = _prompts_at_once(engine, request, self.memory.free())
-            return needed
+        progress = _Progress(send, go_on, report)
+        with ExitStack() as stack:
 
-        with self.memory.promised(choose):
-            return self._edited(engine, request, _Progress(send, go_on, report))
+            def choose() -> int:
+                report.at_once, needed = _prompts_at_once(
+                    engine, request, self.memory.free(), beside=self.batches.prompts(engine)
+                )
+                stack.enter_context(self.batches.counted(engine, report.at_once))
+                return needed
 
-    def _edited(self, engine: ServedEngine, request: Request, on_progress: _Progress) -> dict[str, np.ndarray]:
+            with self.memory.promised(choose):
+                return self._edited(engine, request, progress)
+
+    def _edited(self, engine: ServedEngine, request: Request, progress: _Progress) -> dict[str, np.ndarray]:
         """The last response."""
-        report = on_progress.report
+        report = progress.report
         text = editing.encode_prompts(engine, request.edit)
-        start = self._start(engine, request, on_progress)
-        with report.stage("sample"):
-            sampled = self._sampled(engine, request, text, start, on_progress)
+        with self.batches.joined(engine, report) as joined:
+            start = self._start(joined, request, progress)
+            with report.stage("sample"):
+                sampled = self._sampled(joined, request, text, start, progress)
         with report.stage("render"):
-            result = _result(engine, request, _rendered(engine, sampled, on_progress.go_on))
+            result = _result(engine, request, _rendered(engine, sampled, progress.go_on))
         steps = report.steps["sample"]
-        return {**progress("done", steps, steps), **result, "fps": np.array([engine.info.fps], np.float32)}
+        return {**told("done", steps, steps), **result, "fps": np.array([engine.info.fps], np.float32)}
 
-    def _start(self, engine: ServedEngine, request: Request, on_progress: _Progress) -> Tensor:
+    def _start(self, engine: ServedEngine, request: Request, progress: _Progress) -> Tensor:
         """The latents that sampling starts from: computed only where they are neither the clip's nor kept."""
-        report, config = on_progress.report, request.edit
-        steps = config.inversion_steps or engine.info.inversion_steps
+        report, config = progress.report, request.edit
+        inversion = engine.info.inversion_of(config)
         own = request.video is None and request.source_frames is None
-        if not config.inversion or (own and steps == engine.info.inversion_steps):
+        if not config.inversion or (own and inversion.key == engine.info.inversion.key):
             report.inversion = "clip" if config.inversion else "noise"
             return editing.start_latents(engine, config)
 
         def compute() -> Tensor:
-            frames = self._frames(engine, request, on_progress)
+            frames = self._frames(engine, request, progress)
             with report.stage("invert"):
-                return editing.start_latents(engine, config, frames, on_progress)
+                return editing.start_latents(engine, config, frames, progress.step)
 
-        name = key(engine.revision, steps, _content(request))
-        latents, report.inversion = self.inversions.get(name, compute, on_progress.go_on)
+        name = key(engine.revision, inversion, _content(request))
+        latents, report.inversion = self.inversions.get(name, compute, progress.go_on)
         return latents.to(engine.source_latents.device)
 
-    def _frames(self, engine: ServedEngine, request: Request, on_progress: _Progress) -> np.ndarray | None:
+    def _frames(self, engine: ServedEngine, request: Request, progress: _Progress) -> np.ndarray | None:
         if request.video is None:
             return request.source_frames
-        with on_progress.report.stage("decode"):
-            return self.decode(request.video, engine.info, on_progress.go_on)
+        with progress.report.stage("decode"):
+            return self.decode(request.video, engine.info, progress.go_on)
 
     def _sampled(
-        self, engine: ServedEngine, request: Request, text: Tensor, start: Tensor, on_progress: _Progress
+        self, engine: ServedEngine, request: Request, text: Tensor, start: Tensor, progress: _Progress
     ) -> Tensor:
         """→ (prompts, c, f, h, w)"""
-        batches = editing.sample(
-            engine,
-            request.edit,
-            text,
-            start,
-            at_once=on_progress.report.at_once,
-            on_progress=on_progress,
-            on_clean=partial(self._preview, engine, request, on_progress) if request.preview_interval else None,
-        )
-        return torch.cat(list(batches))
+        at_once = progress.report.at_once
 
-    def _preview(
-        self, engine: ServedEngine, request: Request, on_progress: _Progress, first: int, step: int, clean: Tensor
-    ) -> None:
-        """Adds a preview to the next progress response, if one is due."""
-        if step % request.preview_interval:
-            return
-        found = previews.picture(clean, self._preview_map(engine, on_progress.go_on))
-        if on_progress.preview is None:
-            on_progress.preview = np.zeros((len(request.edit.prompts), *found.shape[1:]), np.uint8)
-        on_progress.preview[first : first + len(found)] = found
-        on_progress.preview_is_due = True
+        def on_step(step: ddim.Step) -> None:
+            batch, done = divmod(step.number - 1, request.edit.steps)
+            if request.preview_interval and (done + 1) % request.preview_interval == 0:
+                colours = self._preview_map(engine, progress.go_on)
+                progress.show(len(request.edit.prompts), batch * at_once, previews.picture(step.clean, colours))
+            progress.step(step)
+
+        return torch.cat(list(editing.sample(engine, request.edit, text, start, at_once=at_once, on_step=on_step)))
 
     def _preview_map(self, engine: ServedEngine, go_on: GoOn) -> Tensor:
-        if engine.revision not in self.preview_maps:
+        found = self.preview_maps.get(engine.revision)
+        if found is None:
             source = engine.source_latents
-            self.preview_maps[engine.revision] = previews.fit(source, _rendered(engine, source, go_on)[0])
+            found = self.preview_maps[engine.revision] = previews.fit(source, _rendered(engine, source, go_on)[0])
             while len(self.preview_maps) > PREVIEW_MAPS:
                 self.preview_maps.popitem(last=False)
-        return self.preview_maps[engine.revision]
+        return found
 
 
 class _Progress:
-    """Called after every step: sends it, and goes on or not."""
+    """Told of every step: sends it, and goes on or not."""
 
     def __init__(self, send: Send, go_on: GoOn, report: Report) -> None:
         self._send, self.go_on, self.report = send, go_on, report
-        self.preview: np.ndarray | None = None
-        self.preview_is_due = False
+        self._preview: np.ndarray | None = None
+        self._preview_is_due = False
 
-    def __call__(self, stage: str, step: int, steps: int) -> None:
-        self.report.steps[stage] = step
+    def show(self, prompts: int, first: int, found: np.ndarray) -> None:
+        """Adds to the next response a preview of all the prompts, where those from `first` on are new."""
+        if self._preview is None:
+            self._preview = np.zeros((prompts, *found.shape[1:]), np.uint8)
+        self._preview[first : first + len(found)] = found
+        self._preview_is_due = True
+
+    def step(self, step: ddim.Step) -> None:
+        """What `go_on` raises goes through."""
+        self.report.steps[step.stage] = step.number
         self.go_on()
-        told = progress(stage, step, steps)
-        if self.preview is not None and self.preview_is_due:
-            told["preview"] = self.preview.copy()
-            self.preview_is_due = False
-        self._send(told)
+        response = told(step.stage, step.number, step.total)
+        if self._preview is not None and self._preview_is_due:
+            response["preview"] = self._preview.copy()
+            self._preview_is_due = False
+        self._send(response)
 
 
-def progress(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
+def told(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
     """The tensors that every response has."""
     return {
         "stage": np.array([stage.encode()], np.object_),
@@ -199,11 +215,21 @@ def _content(request: Request) -> str:
     return "clip"
 
 
-def _prompts_at_once(engine: ServedEngine, request: Request, free: int) -> tuple[int, int]:
-    """How many prompts one batch may have, and the bytes it needs; raises Unavailable where memory is short of one."""
+def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, beside: int) -> tuple[int, int]:
+    """How many prompts one batch may have `beside` those of other edits, and the bytes that it needs.
+
+    Raises Unavailable where memory is short of one.
+    """
     prompts = len(request.edit.prompts)
     encode = request.video is not None or request.source_frames is not None
-    while (needed := engine.extra_bytes(prompts, encode=encode)) > free:
+    promised = engine.extra_bytes(beside) if beside else 0  # by those edits
+
+    def bytes_of(prompts: int) -> int:
+        """For them alone, and for what they add to the others' batch: whichever is more."""
+        together = engine.extra_bytes(prompts + beside, encode=encode) - promised
+        return max(together, engine.extra_bytes(prompts, encode=encode))
+
+    while (needed := bytes_of(prompts)) > free:
         if prompts == 1:
             raise Unavailable(
                 f"the edit needs about {needed / 2**30:.2f} GiB, the server has {free / 2**30:.2f} GiB free: "
@@ -214,20 +240,25 @@ def _prompts_at_once(engine: ServedEngine, request: Request, free: int) -> tuple
 
 
 def _rendered(engine: ServedEngine, latents: Tensor, go_on: GoOn) -> np.ndarray:
-    """Latents (b, c, f, h, w) → uint8 (b, f, H, W, 3), in parts, so that it can stop between them."""
-    info = engine.info
-    frames = np.empty((len(latents), info.frames, info.height, info.width, 3), np.uint8)
-    for number, edit in enumerate(latents.split(1)):
-        for first in range(0, info.frames, FRAMES_AT_ONCE):
-            go_on()
-            part = slice(first, first + FRAMES_AT_ONCE)
-            frames[number, part] = engine.decode(edit[:, :, part])[0]
-    return frames
+    """Latents (b, c, f, h, w) → uint8 (b, f, H, W, 3); it can stop between parts."""
+    return engine.decode(latents, go_on)
 
 
 def _result(engine: ServedEngine, request: Request, frames: np.ndarray) -> dict[str, np.ndarray]:
+    metadata = [
+        edit_metadata(
+            engine.info,
+            request.clip,
+            request.edit,
+            [prompt],
+            engine=engine.kind,
+            with_prompts=request.prompt_metadata,
+        )
+        for prompt in request.edit.prompts
+    ]
+    told = {"metadata": np.array([json.dumps(one, ensure_ascii=False).encode() for one in metadata], np.object_)}
     if request.output == "frames":
-        return {"frames": frames}
+        return {"frames": frames, **told}
     files = np.empty(len(frames), np.object_)
-    files[:] = [video.encode_mp4(edit, engine.info.fps) for edit in frames]
-    return {"video": files}
+    files[:] = [video.encode_mp4(edit, engine.info.fps, one) for edit, one in zip(frames, metadata, strict=True)]
+    return {"video": files, **told}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,24 +17,23 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tav_opt.config import InputError
+from tav_opt.config import InputError, InversionConfig
 from tav_opt.files import whole
 
 Found = Literal["memory", "disk", "computed"]
 LOCK_POLL_SECONDS = 0.02
 
 
-def key(revision: str, steps: int, source: str) -> str:
-    """Of an inversion: a clip's revision, the steps, and the source's content."""
-    return hashlib.sha256(f"{revision} {steps} {source}".encode()).hexdigest()
+def key(revision: str, inversion: InversionConfig, source: str) -> str:
+    """Of inverted latents: a clip's revision, how it was inverted, and the source's content."""
+    return hashlib.sha256(f"{revision} {inversion.key} {source}".encode()).hexdigest()
 
 
 class Inversions:
     """A cache of latents, bounded in memory and on disk; what was used longest ago goes first.
 
     Of several that ask for the same at once, threads or processes that share the folder, one computes it. Without a
-    folder nothing is kept on disk, and one at a time may ask. A folder that cannot be written is no error: `on_trouble`
-    is told.
+    folder nothing is kept on disk. A folder that cannot be written is no error: `on_trouble` is told.
     """
 
     def __init__(
@@ -47,9 +47,13 @@ class Inversions:
         self._folder, self._disk_limit, self._memory_limit = folder, disk_limit, memory_limit
         self._on_trouble = on_trouble
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.RLock()
+        self._asked: set[str] = set()
+        """What a thread of this process looks for, or computes."""
 
     def memory_bytes(self) -> int:
-        return sum(latents.nbytes for latents in self._kept.values())
+        with self._lock:
+            return sum(latents.nbytes for latents in self._kept.values())
 
     def disk_bytes(self) -> int:
         return sum(size for _, size, _ in self._files())
@@ -64,7 +68,7 @@ class Inversions:
         """
         if (found := self._from_memory(name)) is not None:
             return found, "memory"
-        with self._locked(name, keep_waiting):
+        with self._alone(name, keep_waiting), self._locked(name, keep_waiting):
             if (found := self._from_memory(name)) is not None:
                 return found, "memory"
             if (found := self._read(name)) is not None:
@@ -76,20 +80,41 @@ class Inversions:
             return latents, "computed"
 
     def _from_memory(self, name: str) -> Tensor | None:
-        if name not in self._kept:
-            return None
-        self._kept.move_to_end(name)
+        with self._lock:
+            if (found := self._kept.get(name)) is None:
+                return None
+            self._kept.move_to_end(name)
         if self._folder is not None:
             with suppress(OSError):
                 os.utime(self._path(self._folder, name))  # in use there, too
-        return self._kept[name]
+        return found
 
     def _keep(self, name: str, latents: Tensor) -> None:
         if latents.nbytes > self._memory_limit:
             return
-        self._kept[name] = latents
-        while self.memory_bytes() > self._memory_limit:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[name] = latents
+            while self.memory_bytes() > self._memory_limit:
+                self._kept.popitem(last=False)
+
+    @contextmanager
+    def _alone(self, name: str, keep_waiting: Callable[[], None]) -> Iterator[None]:
+        """Among the threads of this process."""
+        while not self._claimed(name):
+            keep_waiting()
+            time.sleep(LOCK_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked.remove(name)
+
+    def _claimed(self, name: str) -> bool:
+        with self._lock:
+            if name in self._asked:
+                return False
+            self._asked.add(name)
+            return True
 
     @contextmanager
     def _locked(self, name: str, keep_waiting: Callable[[], None]) -> Iterator[None]:

@@ -5,8 +5,9 @@ How many wait, and for how long, are Triton's `nv_inference_pending_request_coun
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from tav_opt.config import EngineName
 from tav_opt.serving.report import STAGES, Report
 
 BUCKETS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
@@ -28,6 +29,8 @@ class Metrics:
         self._request = total.Metric(labels={}, buckets=BUCKETS)
         requests = family("tav_opt_requests_total", "Requests that ended, by status", kind.COUNTER)
         self._requests = {name: requests.Metric(labels={"status": name}) for name in STATUSES}
+        edits = family("tav_opt_edits_total", "Edits that were answered, by what ran the clip", kind.COUNTER)
+        self._edits = {name: edits.Metric(labels={"engine": name}) for name in get_args(EngineName)}
         steps = family("tav_opt_steps_total", "Steps done", kind.COUNTER)
         self._steps = {name: steps.Metric(labels={"stage": name}) for name in ("invert", "sample")}
         speed = family("tav_opt_steps_per_second", "Sampling steps a second of the last edit", kind.GAUGE)
@@ -55,6 +58,8 @@ class Metrics:
         """Counts a request."""
         self._requests[status].increment(1)
         self._request.observe(seconds)
+        if status == "OK" and report.engine:
+            self._edits[report.engine].increment(1)
         self._sent.increment(report.sent_bytes)
         for name, spent in report.seconds.items():
             self._stages[name].observe(spent)

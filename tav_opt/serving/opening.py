@@ -12,13 +12,14 @@ import torch
 
 from tav_opt.config import WorkerConfig
 from tav_opt.contract import ClipInfo
-from tav_opt.engines.onnxruntime import FRAMES_AT_ONCE, OnnxEngine, usable_cores
-from tav_opt.free_memory import free_bytes
-from tav_opt.serving.clips import Clips
+from tav_opt.engines.exported import ExportedEngine, usable_cores
+from tav_opt.memory.free import free_bytes
+from tav_opt.memory.promises import LOCK, Memory
+from tav_opt.serving.batching import Batches
 from tav_opt.serving.decoding import decode
 from tav_opt.serving.edits import Editor, GoOn
 from tav_opt.serving.inversions import Inversions
-from tav_opt.serving.memory import LOCK, Memory
+from tav_opt.serving.resident import Clips, OnChoice
 
 MIB = 1 << 20
 
@@ -29,15 +30,20 @@ def open_editor(
     *,
     device: torch.device,
     instance: str = "",
+    on_choice: OnChoice = lambda _base, _choice: None,
     on_trouble: Callable[[str], None] = lambda _: None,
 ) -> tuple[Editor, Clips]:
     """An editor of the clips of a version folder, and its clips; `instance` tells those of one server apart."""
-    # onnxruntime's own threads take every core; torch does small sums only and must not compete with them.
-    torch.set_num_threads(1)
-    shared = _shared(folder / f".memory-{device}", on_trouble) if config.instances > 1 else None
+    shared = _shared(folder / f".memory-{device}", on_trouble) if config.instances * config.batch_requests > 1 else None
     memory = Memory(partial(free_bytes, device), shared, instance)
     clips = Clips(
-        folder, limit=config.clips_mib * MIB, device=device, threads=threads_of(config, device), memory=memory
+        folder,
+        limit=config.clips_mib * MIB,
+        device=device,
+        engine=config.engine,
+        threads=threads_of(config, device),
+        memory=memory,
+        on_choice=on_choice,
     )
     inversions = Inversions(
         memory_limit=config.inversions_mib * MIB,
@@ -49,7 +55,8 @@ def open_editor(
     def decoded(data: bytes, info: ClipInfo, go_on: GoOn) -> np.ndarray:
         return decode(data, info, seconds=config.decode_seconds, keep_waiting=go_on)
 
-    return Editor(clips=clips.get, inversions=inversions, decode=decoded, memory=memory), clips
+    batches = Batches(on_trouble)
+    return Editor(clips=clips.get, inversions=inversions, decode=decoded, memory=memory, batches=batches), clips
 
 
 def _shared(folder: Path, on_trouble: Callable[[str], None]) -> Path | None:
@@ -58,7 +65,7 @@ def _shared(folder: Path, on_trouble: Callable[[str], None]) -> Path | None:
         folder.mkdir(exist_ok=True)
         (folder / LOCK).touch()
     except OSError as error:
-        on_trouble(f"instances cannot tell each other what memory they need: {error}")
+        on_trouble(f"edits cannot tell each other what memory they need: {error}")
         return None
     return folder
 
@@ -69,19 +76,21 @@ def cache_folder(config: WorkerConfig) -> Path | None:
         return None
     if config.cache is not None:
         return config.cache
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # which its specification tells to ignore
+        base = os.path.expanduser("~/.cache")
     return Path(base) / "tav-opt" / "inversions"
 
 
 def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
-    """onnxruntime's threads: every core for one instance, else a share of them."""
+    """An engine's threads: every core for one instance, else a share of them."""
     if device.type != "cpu" or config.instances == 1:
         return None
     return max(1, usable_cores() // config.instances)
 
 
-def warm_up(engine: OnnxEngine) -> None:
+def warm_up(engine: ExportedEngine) -> None:
     """Runs every graph of an edit once, so that the first request finds memory and kernels ready."""
     text = engine.encode_text(["", ""])
     engine.predict(engine.inverted_latents.expand(2, -1, -1, -1, -1), 0, text)
-    engine.decode(engine.source_latents[:, :, :FRAMES_AT_ONCE])
+    engine.decode(engine.source_latents[:, :, : engine.frames_at_once])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tav_opt.pixels import to_unit
+from tav_opt.video.pixels import to_unit
 
 
 def fit(latents: Tensor, frames: np.ndarray) -> Tensor:

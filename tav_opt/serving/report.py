@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tav_opt.config import EngineName
 from tav_opt.contract import Request
 
 STAGES = ("open", "decode", "invert", "sample", "render")
@@ -17,13 +18,18 @@ STAGES = ("open", "decode", "invert", "sample", "render")
 class Report:
     """Filled in while the request is worked on; what it did not come to stays empty."""
 
+    id: str = ""
     request: Request | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage."""
     steps: dict[str, int] = field(default_factory=dict)
     """Done, of inversion and of sampling."""
+    engine: EngineName | None = None
+    """What ran the clip."""
     at_once: int = 0
     """Prompts in one batch."""
+    together: int = 0
+    """Requests whose calls of the network were one, at most."""
     inversion: str = ""
     """Where the start came from: clip, memory, disk, computed, noise."""
     sent_bytes: int = 0
@@ -43,7 +49,8 @@ class Report:
             edit = request.edit
             source = "video" if request.video is not None else "frames" if request.source_frames is not None else "own"
             parts += [
-                f"clip={request.clip!r} source={source} prompts={len(edit.prompts)} at_once={self.at_once}",
+                f"clip={request.clip!r} engine={self.engine or 'none'} source={source}",
+                f"prompts={len(edit.prompts)} at_once={self.at_once} together={self.together}",
                 f"steps={edit.steps} inversion_steps={edit.inversion_steps} guidance_scale={edit.guidance_scale:g}",
                 f"eta={edit.eta:g} seed={edit.seed} output={request.output!r} inversion={self.inversion or 'none'}",
             ]

@@ -15,23 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from tav_opt.contract import CLIP_NAME
+from tav_opt.repository.layout import clip_folder, stamp
 
 Response = dict[str, np.ndarray]
 
 
-def key(inputs: Mapping[str, np.ndarray], clips: Path) -> str | None:
-    """Of a request: its tensors, and which export of its clip is in the folder `clips`; None where there is none."""
+def key(inputs: Mapping[str, np.ndarray], version: Path) -> str | None:
+    """Of a request: its tensors, and which export of its clip is in a version folder; None where there is none."""
     clip = inputs.get("clip")
     if clip is None or clip.dtype != np.object_ or clip.size != 1:
         return None
     name = clip.ravel()[0].decode(errors="replace")
     if not CLIP_NAME.match(name):
         return None
-    try:
-        found = (clips / name / "manifest.json").stat()
-    except OSError:
+    if (export := stamp(clip_folder(version, name))) is None:
         return None
-    whole = hashlib.sha256(repr((found.st_mtime_ns, found.st_ino)).encode())
+    whole = hashlib.sha256(repr(export).encode())
     for tensor in sorted(inputs):
         array = inputs[tensor]
         parts = list(array.ravel()) if array.dtype == np.object_ else [array.tobytes()]

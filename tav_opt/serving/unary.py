@@ -7,8 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, VERSION, status_of_refusal
-from tav_opt.model_repository import read_parameters
+import numpy as np
+
+from tav_opt.config import InputError
+from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, status_of_refusal
+from tav_opt.repository.layout import version_folder
+from tav_opt.repository.model_files import read_parameters
+from tav_opt.serving import envelope
 from tav_opt.serving.caller import Caller
 from tav_opt.serving.responses import Response, Responses, key
 
@@ -35,7 +40,7 @@ class TritonPythonModel:
 
         self._pb: Any = pb_utils
         config = read_parameters(json.loads(args["model_config"]))
-        self._clips = Path(args["model_repository"]).parent / STREAM_MODEL / str(VERSION) / "clips"
+        self._version = version_folder(Path(args["model_repository"]).parent)
         self._responses = Responses(config.responses_mib << 20)
         self._family = pb_utils.MetricFamily(
             name="tav_opt_responses_total",
@@ -53,15 +58,15 @@ class TritonPythonModel:
             self._respond(request, request.get_response_sender())
 
     def _respond(self, request: Any, sender: Any) -> None:
-        caller, answers = Caller(), []
+        caller, request_id, answers = Caller(), envelope.request_id(request), []
 
         def answer() -> None:
             try:
-                answers.append(self._response(self._answer(request, caller.name)))
+                response = self._answer(request, request_id, caller.name)
+                response = {**response, "request_id": np.array([request_id.encode()], np.object_)}
+                answers.append(self._response(envelope.asked_for(request, response)))
             except Exception as error:  # whatever a request does, it gets a response
-                status = error.status if isinstance(error, Refused) else "INTERNAL"
-                code = getattr(self._pb.TritonError, CODES.get(status, status))
-                answers.append(self._pb.InferenceResponse(error=self._pb.TritonError(str(error), code)))
+                answers.append(self._failure(error, request_id))
 
         answering = threading.Thread(target=answer, daemon=True)
         answering.start()
@@ -74,30 +79,35 @@ class TritonPythonModel:
         caller.hang_up()
         sender.send(answers[0], flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _answer(self, request: Any, caller: str) -> Response:
+    def _answer(self, request: Any, request_id: str, caller: str) -> Response:
+        read = envelope.read(request, (tensor.name for tensor in UNARY_INPUTS))
         found = [self._pb.get_input_tensor_by_name(request, tensor.name) for tensor in UNARY_INPUTS]
         inputs = [tensor for tensor in found if tensor is not None]
-        name = key({tensor.name(): tensor.as_numpy() for tensor in inputs}, self._clips)
+        name = key({tensor.name(): tensor.as_numpy() for tensor in inputs}, self._version)
         kept = self._responses.get(name)
         self._counts["worker" if kept is None else "cache"].increment(1)
         if kept is not None:
+            self._pb.Logger.log_info(f"request {request_id!r}: OK from the cache")
             return kept
-        response = self._call(request, inputs, caller)
+        response = self._call(inputs, request_id, read.timeout_us, caller)
         self._responses.put(name, response)
         return response
 
-    def _call(self, request: Any, inputs: list[Any], caller: str) -> Response:
+    def _call(self, inputs: list[Any], request_id: str, timeout_us: int, caller: str) -> Response:
         """The last response of the streaming model; raises Refused."""
         passed_on = self._pb.InferenceRequest(
             model_name=STREAM_MODEL,
-            request_id=request.request_id(),
+            request_id=request_id,
             inputs=inputs,
             requested_output_names=["error", *(tensor.name for tensor in UNARY_OUTPUTS)],
-            timeout=request.timeout(),
-            parameters={"caller": caller},
+            timeout=timeout_us,
+            parameters={envelope.CALLER: caller},
         )
         last: Response = {}
-        for response in passed_on.exec(decoupled=True):
+        # Kept until the next one: else the last to let go of it is a thread of Triton 2.51 that has not Python's lock,
+        # and frees its tensors all the same, of which Python 3.12 dies.
+        self._streamed = passed_on.exec(decoupled=True)
+        for response in self._streamed:
             if response.has_error():
                 message = response.error().message()
                 raise Refused(status_of_refusal(message), message)
@@ -108,3 +118,16 @@ class TritonPythonModel:
 
     def _response(self, tensors: Response) -> Any:
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])
+
+    def _failure(self, error: Exception, request_id: str) -> Any:
+        """An error response; one that only the log explains names the request to look for."""
+        match error:
+            case Refused(status=status):
+                pass
+            case InputError():
+                status = "INVALID_ARGUMENT"
+            case _:
+                status = "INTERNAL"
+        told = f"{error} (request {request_id!r})" if status == "INTERNAL" else str(error)
+        code = getattr(self._pb.TritonError, CODES.get(status, status))
+        return self._pb.InferenceResponse(error=self._pb.TritonError(told, code))

@@ -1,0 +1,84 @@
+"""Models of the Hugging Face hub: what a repository holds is looked at first, and only what is needed is fetched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from tav_opt.base import configuration, weights
+from tav_opt.config import InputError, first_line
+
+_log = logging.getLogger(__name__)
+
+
+def fetch(hub_id: str) -> Path:
+    """The local snapshot of a repository: configurations first, weights when these are of a model that can be tuned.
+
+    What is in the cache is not fetched again, and serves where the hub does not answer. Raises InputError.
+    """
+    try:
+        listed = HfApi().model_info(hub_id, files_metadata=True).siblings or ()
+    except Exception as error:  # the hub raises many kinds, and all of them mean the same here
+        return _cached(hub_id, error)
+    sizes = {file.rfilename: file.size or 0 for file in listed}
+    configuration.check_parts(sizes, hub_id)
+    described = [
+        name for name in sizes if name.split("/")[0] in configuration.PARTS and name.endswith((".json", ".txt"))
+    ]
+    folder = _fetched(hub_id, described)
+    configuration.check_configs(folder)
+    needed = [file for part in configuration.WEIGHED for file in _weights(hub_id, folder, part, sizes)]
+    _announce(hub_id, {file: sizes[file] for file in needed})
+    return _fetched(hub_id, [*described, *needed])
+
+
+def _weights(hub_id: str, folder: Path, part: str, names: Collection[str]) -> list[str]:
+    """The files of a part's weights, all of them among `names`."""
+    inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+    chosen = weights.choose(inside, f"{hub_id}: {part}/")
+    files = weights.shards(folder / part / chosen, inside) if chosen.endswith(".json") else [chosen]
+    return [f"{part}/{file}" for file in files]
+
+
+def _announce(hub_id: str, sizes: dict[str, int]) -> None:
+    """Says what is about to be fetched, if anything is: gigabytes take their time."""
+    absent = [name for name in sizes if not isinstance(try_to_load_from_cache(hub_id, name), str)]
+    if absent:
+        size = sum(sizes[name] for name in absent) / 1e9
+        _log.warning("model %s: fetching %.2f GB from the hub: %s", hub_id, size, ", ".join(absent))
+
+
+def _fetched(hub_id: str, names: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=names))  # nosec B615  # a clip keeps its base's hash
+    except Exception as error:
+        raise InputError(f"model {hub_id!r} cannot be fetched from the hub: {_reason(hub_id, error)}") from None
+
+
+def _cached(hub_id: str, error: Exception) -> Path:
+    """The snapshot in the cache, if it is whole; raises InputError naming what the hub answered."""
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))  # nosec B615  # from the cache
+    except Exception:
+        raise InputError(
+            f"model {hub_id!r} is no directory, and the hub does not give it: {_reason(hub_id, error)}"
+        ) from None
+    try:
+        configuration.check(folder)
+        for part in configuration.WEIGHED:
+            weights.files(folder / part)
+    except InputError as lack:
+        raise InputError(f"{lack} (in the cache; the hub does not answer: {_reason(hub_id, error)})") from None
+    return folder
+
+
+def _reason(hub_id: str, error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"accept its terms at https://huggingface.co/{hub_id}, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no repository has this name, or it is private (`hf auth login`)"
+    return first_line(error)

@@ -1,0 +1,93 @@
+"""`tav-opt edit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from tav_opt import progress
+from tav_opt.cli.common import (
+    Dtype,
+    Guidance,
+    Prompts,
+    check_edit,
+    given_settings,
+    listed,
+    mention_idle_seed,
+    mention_weights,
+    write,
+)
+from tav_opt.config import EditConfig, EngineChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(EditConfig):
+    """Edit a tuned or exported clip by a prompt, in this process."""
+
+    checkpoint: Positional[Path]
+    """Folder that `tav-opt tune` wrote, or that of an exported clip (`…/tune_a_video_stream/1/clips/NAME`)."""
+    engine: EngineChoice = "auto"
+    """What runs an exported clip; a checkpoint runs in eager PyTorch."""
+    prompts: Prompts = ()
+    guidance_scale: Guidance = EditConfig.guidance_scale
+    out: Path = Path("edit.mp4")
+    """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    side_by_side: bool = False
+    """Write one video that shows the source beside all edits, with captions."""
+    prompt_metadata: bool = True
+    """Write the prompts into the files, beside the other settings."""
+    base: str | None = None
+    """The base model, where it has moved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Of a checkpoint's networks; auto: float16 on GPUs, float32 elsewhere."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Edit a tuned or exported clip by prompts, in this process."""
+    args, given = given_settings(Edit, "tav-opt edit", arguments)
+    from tav_opt.clip_folder import ClipFolder
+
+    clip = ClipFolder.at(args.checkpoint)
+    check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
+    import torch
+
+    from tav_opt import editing
+    from tav_opt.contract import edit_metadata
+    from tav_opt.device import told
+    from tav_opt.engines.registry import load
+    from tav_opt.video import contact_sheet
+
+    editing.check(args)
+    mention_weights("edit", (*args.prompts, args.negative_prompt))
+    dtype = getattr(torch, args.dtype, None)
+    engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=args.base)
+    latents = engine.source_latents
+    place = latents.device if clip.exported else told(latents.device, latents.dtype)
+    args = engine.info.edited(args, given)
+    if own := {name: value for name, value in engine.info.edit.items() if name not in given}:
+        print(f"tav-opt edit: {listed(own)}, as the clip brings it", file=sys.stderr)
+    if "seed" in given:
+        mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
+    with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
+        edits = list(editing.edit(engine, args, on_progress=on_progress))
+    captions = [[prompt] for prompt in args.prompts]
+    if args.side_by_side:
+        source = engine.decode(engine.source_latents)[0]
+        edits = [contact_sheet.side_by_side([source, *edits], [engine.info.prompt, *args.prompts])]
+        captions = [list(args.prompts)]
+    about = partial(
+        edit_metadata,
+        engine.info,
+        clip.path.resolve().name,
+        args,
+        engine=engine.kind,
+        with_prompts=args.prompt_metadata,
+    )
+    write(args.out, edits, engine.info.fps, [about(prompts) for prompts in captions])

@@ -1,0 +1,90 @@
+"""`tav-opt request`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tav_opt import progress
+from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
+from tav_opt.config import EDIT_DEFAULTS, ClipConfig, Count, EditConfig, Index, Within
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(EditConfig):
+    """Edit an exported clip on a running server, over gRPC."""
+
+    clip: str
+    """Name of the exported clip."""
+    video: Path | None = None
+    """Video file, or folder of images, to edit in the clip's place; the next four fit it to the clip, as in tune."""
+    start: Index = ClipConfig.start
+    """First frame."""
+    stride: Count = ClipConfig.stride
+    """Take every STRIDE-th frame."""
+    uniform: bool = ClipConfig.uniform
+    """Spread the frames evenly over the video instead of start and stride."""
+    fit: Literal["crop", "squash"] = ClipConfig.fit
+    """Centre crop that keeps the aspect, or squash."""
+    url: str = "localhost:8001"
+    """Server's gRPC address."""
+    deadline: Annotated[float, Within(0.001, 30 * 86_400)] | None = None
+    """Seconds after which the edit is given up."""
+    attempts: Annotated[int, Within(1, 1000)] = 6
+    """How often a request is sent that a server too busy, or not there, never began."""
+    tls: bool = False
+    """Encrypt the connection; so does each of the next three."""
+    root_certificates: Path | None = None
+    """PEM file of the authorities to trust."""
+    certificate: Path | None = None
+    """PEM file of the client's own certificate, and its key."""
+    key: Path | None = None
+    prompts: Prompts = ()
+    guidance_scale: Guidance = EditConfig.guidance_scale
+    out: Path = Path("edit.mp4")
+    """MP4 file, which the server encodes, GIF file, or a folder for PNGs; several prompts are numbered."""
+    prompt_metadata: bool = True
+    """Write the prompts into the files, beside the other settings."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Edit an exported clip on a running server, over gRPC."""
+    args, given = given_settings(Request, "tav-opt request", arguments)
+    from tav_opt.client import Client, Retry, ServerError, Tls
+    from tav_opt.client.sources import FITTING
+    from tav_opt.contract import Output
+
+    check_edit(args, args.out, len(args.prompts))
+    mention_weights("request", (*args.prompts, args.negative_prompt))
+    fitted = ("video", *FITTING) if args.video is not None else ()
+    source: Any = {name: getattr(args, name) for name in fitted}
+    output: Output = "mp4" if args.out.suffix.lower() == ".mp4" else "frames"
+    files = {name: getattr(args, name) for name in ("root_certificates", "certificate", "key")}
+    tls = Tls(**files) if args.tls or any(files.values()) else None
+    retry = Retry(
+        attempts=args.attempts,
+        on_pause=lambda why, pause: print(f"tav-opt request: {why}; again in {pause:.1f} s", file=sys.stderr),
+    )
+    try:
+        with Client(args.url, tls=tls, retry=retry) as client, progress.shown() as on_progress:
+            result = client.edit(
+                args.clip,
+                args,
+                on_progress=on_progress,
+                deadline_s=args.deadline,
+                output=output,
+                prompt_metadata=args.prompt_metadata,
+                left_out=set(EDIT_DEFAULTS) - given,
+                **source,
+            )
+    except ServerError as error:
+        print(f"tav-opt request: {error}", file=sys.stderr)
+        return 1
+    if "seed" in given and result.metadata:
+        used = result.metadata[0]  # whether to invert may be the clip's to say
+        mention_idle_seed("request", args.seed, inversion=used["inversion"], eta=used["eta"])
+    write(args.out, result.videos or list(result.frames), result.fps, result.metadata)
+    return 0

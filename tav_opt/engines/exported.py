@@ -1,0 +1,200 @@
+"""What all exported clips share, whatever runs their graphs: no runtime is imported here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tav_opt import checkpoint
+from tav_opt.checkpoint import Checkpoint
+from tav_opt.clip_folder import ClipFolder
+from tav_opt.config import EngineName, InputError, texts
+from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
+from tav_opt.ddim import Schedule, Timestep, timestep_rows
+from tav_opt.repository import layout, specs
+from tav_opt.repository.layout import MANIFEST, check_unaltered, info_of
+from tav_opt.schemas import BaseManifest
+from tav_opt.video.pixels import to_frames, to_host, to_unit
+
+Call = Callable[..., dict[str, Tensor]]
+"""A graph by its inputs' names → its outputs by theirs, their first axis as long as the inputs'."""
+
+
+class Graphs(Protocol):
+    """The graphs of one base as one runtime has opened them, on one device."""
+
+    device: torch.device
+    revision: str
+    """Another for every runtime, and for every set of files of its own."""
+    frames_at_once: int
+    """What the VAE takes in one call."""
+    has_threads: bool
+    """Whether the runtime computes on threads of its own, with which PyTorch's must not compete."""
+
+    def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
+        """Each graph with a clip's own values, by the names of graphs' inputs; and the bytes that they hold."""
+
+    def extra_bytes(self, items: Mapping[str, int]) -> int:
+        """What runs of graphs on so many items each need beyond what is held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedBase:
+    """What all clips of one base model and size share: its graphs, tokenizer and schedule."""
+
+    folder: Path
+    revision: str
+    """Of its files and of what runs them."""
+    latents: tuple[int, ...]
+    """(1, c, f, h, w) of every clip."""
+    tokenizer: Tokenizer
+    tokens: int
+    value_inputs: dict[str, str]
+    """Graphs' inputs by the parameter of a clip that they stand for."""
+    schedule: Schedule
+    engine: EngineName
+    graphs: Graphs
+
+    @classmethod
+    def open(cls, folder: Path, engine: EngineName, open_graphs: Callable[[], Graphs]) -> ExportedBase:
+        """Opens `base/<…>` of an exported repository.
+
+        Raises InputError when it is missing, of another version, or one of its files is missing or altered.
+        """
+        manifest = layout.manifest(folder, BaseManifest)
+        if manifest.get("version") != VERSION:
+            raise InputError(f"{folder}: version {manifest.get('version')!r} is not {VERSION}: export it again")
+        check_unaltered(folder, (*(spec.file for spec in specs.read(folder).values()), "tokenizer.json"))
+        graphs = open_graphs()
+        return cls(
+            folder=folder,
+            revision=revision_of([manifest["files"], engine, graphs.revision]),
+            tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
+            latents=(1, *manifest["latents"]),
+            tokens=manifest["tokens"],
+            value_inputs=specs.value_inputs(folder),
+            schedule=Schedule.from_config(manifest["scheduler"]),
+            engine=engine,
+            graphs=graphs,
+        )
+
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
+        """→ ids (prompts, tokens), padded; raises InputError naming the words beyond the tokenizer's length."""
+        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(texts("prompts", prompts))]
+        for ids in encoded:
+            if len(ids) > self.tokens:
+                # CLIP's pieces end words with </w>, which the tokenizers library leaves in.
+                beyond = self.tokenizer.decode(ids[self.tokens - 1 : -1]).replace("</w>", " ").strip()
+                raise InputError(f"prompt is {len(ids)} tokens long, {self.tokens} at most; too much: {beyond!r}")
+        return torch.tensor(encoded, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedEngine:
+    """An exported clip on its base; see `engines.Engine`."""
+
+    base: ExportedBase
+    info: ClipInfo
+    revision: str
+    """Of its values, latents and base: another export of the clip has another."""
+    source_latents: Tensor
+    inverted_latents: Tensor
+    calls: Mapping[str, Call]
+    held_bytes: int
+    """Of its values and latents in memory."""
+
+    @classmethod
+    def open(cls, folder: Path, base: ExportedBase) -> ExportedEngine:
+        """Opens `clips/<name>` on its base.
+
+        Raises InputError when the clip is missing or altered, or belongs to another base.
+        """
+        info = info_of(folder)
+        if info.exported_base != base.folder.name:
+            raise InputError(f"clip {folder.name} belongs to base {info.exported_base}, not to {base.folder.name}")
+        tuned = checkpoint.load(ClipFolder(folder, MANIFEST))
+        specs.check_values(base.folder, {name: value.shape for name, value in tuned.values.items()})
+        if (shape := tuple(tuned.source_latents.shape)) != base.latents:
+            raise InputError(f"clip {folder.name}: latents {shape}, but {base.folder.name} takes {base.latents}")
+        return cls.of(tuned, base, revision_of([layout.manifest(folder), base.revision]))
+
+    @classmethod
+    def of(cls, tuned: Checkpoint, base: ExportedBase, revision: str) -> ExportedEngine:
+        """A clip that need not be written yet."""
+        calls, held = base.graphs.of_clip({base.value_inputs[name]: value for name, value in tuned.values.items()})
+        latents = [x.to(base.graphs.device) for x in (tuned.source_latents, tuned.inverted_latents)]
+        return cls(
+            base=base,
+            info=tuned.info,
+            revision=revision,
+            source_latents=latents[0],
+            inverted_latents=latents[1],
+            calls=calls,
+            held_bytes=held + sum(x.nbytes for x in latents),
+        )
+
+    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
+        frames = min(self.frames_at_once, self.info.frames)
+        items = {"text_encoder": MAX_PROMPTS + 1, "unet": 2 * prompts, "vae_decoder": frames}
+        pixels = self.info.frames * self.info.height * self.info.width * 3
+        # The frames of all prompts as they are put together, and in the response.
+        return self.base.graphs.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    @property
+    def kind(self) -> EngineName:
+        """What runs it."""
+        return self.base.engine
+
+    @property
+    def frames_at_once(self) -> int:
+        """What the VAE takes in one call: its memory grows with them."""
+        return self.base.graphs.frames_at_once
+
+    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
+        return self.calls["text_encoder"](input_ids=self.base.tokenize(prompts))["text"]
+
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        exported = (self.info.frames, self.info.height, self.info.width, 3)
+        if frames.shape != exported:
+            raise InputError(f"frames are {frames.shape} (f, H, W, 3), but the clip was exported for {exported}")
+        parts = to_unit(frames).split(self.frames_at_once)
+        latents = torch.cat([self.calls["vae_encoder"](pixels=part)["latents"] for part in parts])
+        return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
+
+    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+        """`timestep`: one for all rows, or int64 (b,)."""
+        return self.calls["unet"](latents=latents, timestep=timestep_rows(timestep, latents), text=text)["noise"]
+
+    def decode(self, latents: Tensor, on_part: Callable[[], object] = lambda: None) -> np.ndarray:
+        """As every engine; `on_part` is called before each call of the VAE, and what it raises goes through."""
+        frames = []
+        for clip in latents.transpose(1, 2):
+            for part in clip.split(self.frames_at_once):  # f c h w
+                on_part()
+                frames.append(to_frames(self.calls["vae_decoder"](latents=part)["pixels"]))
+        return to_host(torch.cat(frames)).reshape(latents.shape[0], -1, *frames[0].shape[1:])
+
+
+def revision_of(description: Any) -> str:
+    """Another for every other description, which names all files by their hashes."""
+    return sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,98 @@
+"""The UNet of an exported base as an fp16 ONNX graph, which ONNX Runtime takes on GPUs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import torch
+from torch import Tensor
+
+from tav_opt.config import OnProgress
+from tav_opt.contract import VERSION
+from tav_opt.engines import onnxruntime
+from tav_opt.engines.exported import ExportedBase, ExportedEngine
+from tav_opt.export import graphs, half, parity, whole_edit
+from tav_opt.export.graphs import Graph
+from tav_opt.export.parity import OnGraph
+from tav_opt.export.rounding import rounded
+from tav_opt.export.whole_edit import OnEdit
+from tav_opt.files import whole, write_json
+from tav_opt.repository import layout
+from tav_opt.repository.layout import ENGINES, MANIFEST, base_of, check_unaltered, hashes, info_of, locked
+
+CPU = torch.device("cpu")
+
+
+def export(
+    clip: Path,
+    *,
+    base: str | None = None,
+    on_graph: OnGraph | None = None,
+    on_edit: OnEdit | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Writes the fp16 UNet of an exported clip's base and returns its folder; one that is there and fits is left.
+
+    `clip` is `clips/<name>` of a model repository, `base` where its base model is now. Raises ParityError where the
+    UNet, or a whole edit with it, departs from eager PyTorch: then nothing is written.
+    """
+    exported = base_of(clip)
+    check_unaltered(exported)
+    manifest = layout.manifest(exported)
+    folder = onnxruntime.half_folder(exported)
+    with locked(exported / ENGINES):
+        if folder.is_dir() and onnxruntime.half_does_not_fit(exported) is None:
+            return folder
+        eager, traced = graphs.of_clip(clip, base)
+        unet = next(graph for graph in traced if graph.name == "unet")
+        names = {value.name for value in unet.spec.values.values()}
+        fresh = folder.with_name(f".{folder.name}.fresh")
+        shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
+        with whole(fresh) as temporary:
+            temporary.mkdir()
+            run = _run(half.write(exported / "unet.onnx", temporary / onnxruntime.HALF_UNET, names), unet)
+            found = parity.check(unet, run, half=True)
+            if on_graph is not None:
+                on_graph("unet in fp16", found)
+            edit = whole_edit.check(_engine(clip, exported, unet, run), eager, whole_edit.HALF, on_progress)
+            if on_edit is not None:
+                on_edit("onnxruntime in fp16", edit)
+            content = {"version": VERSION, "made_of": manifest["files"], "files": hashes(temporary)}
+            write_json(temporary / MANIFEST, content | {"parity": found.to_json(), "edit": edit.to_json()})
+        shutil.rmtree(folder, ignore_errors=True)  # made of other graphs
+        fresh.rename(folder)
+    return folder
+
+
+def _engine(clip: Path, exported: Path, unet: Graph, run: parity.Run) -> ExportedEngine:
+    """The clip as onnxruntime edits it on the processor, but for the UNet."""
+    open_graphs = partial(onnxruntime.OnnxGraphs, exported, info_of(clip), CPU)
+    engine = ExportedEngine.open(clip, ExportedBase.open(exported, "onnxruntime", open_graphs))
+
+    def call(**inputs: Tensor) -> dict[str, Tensor]:
+        return run(inputs, dict(unet.values))
+
+    return replace(engine, calls={**engine.calls, "unet": call})
+
+
+def _run(path: Path, graph: Graph) -> parity.Run:
+    """The graph on the processor, every fp16 value rounded: onnxruntime alone would keep fp32 between some."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        own = Path(folder) / path.name
+        os.link(f"{path}.data", f"{own}.data")  # where the copy looks for its weights
+        model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
+        del model.graph.value_info[:]  # types of before the rounding
+        onnx.save(rounded(model), own)
+        run = parity.in_onnxruntime(own, graph.spec)
+
+    def call(inputs: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return run(inputs, {name: value.half() for name, value in values.items()})
+
+    return call

@@ -1,0 +1,1 @@
+"""The model repository on disk, which Triton is pointed at."""

@@ -1,0 +1,1 @@
+"""Starts the server, watches it, starts it anew."""

@@ -1,0 +1,169 @@
+"""One optimisation step of tuning, and all that the next one depends on (paper section 3.2, equation 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tav_opt.config import InputError, TrainConfig
+from tav_opt.ddim import Schedule
+from tav_opt.unet import VideoUNet, trained_names
+
+Draw = Callable[[int, int], tuple[Tensor, Tensor]]
+"""`draw(step, micro_step) -> noise (b,c,f,h,w), timesteps (b,)`: always the same for the same numbers."""
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Training:
+    """All that the next step depends on; `resume` keeps it on disk."""
+
+    trained: dict[str, nn.Parameter]
+    """fp32 masters by name: the UNet's own parameters."""
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    losses: list[float]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+
+def begin(unet: VideoUNet, config: TrainConfig) -> Training:
+    """Makes the UNet trainable in place: the chosen parameters in float32, the others frozen as they are."""
+    unet.requires_grad_(False)
+    own = dict(unet.named_parameters())
+    trained = {name: own[name] for name in trained_names(unet, config.trainable)}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps, fused=True
+    )
+    scaler = torch.amp.GradScaler(unet.device.type, enabled=_half(unet, config) == torch.float16)
+    return Training(trained, optimizer, scaler, [])
+
+
+def train_step(
+    training: Training,
+    unet: VideoUNet,
+    latents: Tensor,
+    text: Tensor,
+    schedule: Schedule,
+    config: TrainConfig,
+    draw: Draw,
+) -> float:
+    """One optimiser step over `config.accumulation` draws of noise → their mean loss, also added to `training.losses`.
+
+    latents (b,c,f,h,w), text (b,tokens,width). Raises InputError when the loss is no number.
+    """
+    for group in training.optimizer.param_groups:
+        group["lr"] = config.lr * lr_factor(config, training.step)
+    total = 0.0
+    for micro in range(config.accumulation):
+        noise, timesteps = draw(training.step, micro)
+        with autocast(unet, config):
+            loss = denoising_loss(unet, latents, text, schedule, noise, timesteps) / config.accumulation
+        training.scaler.scale(loss).backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise InputError(f"loss became {total} at step {training.step + 1}: lower the learning rate ({config.lr})")
+    training.scaler.unscale_(training.optimizer)
+    nn.utils.clip_grad_norm_(training.trained.values(), config.clip_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad()
+    training.losses.append(total)
+    return total
+
+
+def denoising_loss(
+    unet: VideoUNet, latents: Tensor, text: Tensor, schedule: Schedule, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Mean squared error of the predicted noise, or v (paper equation 2; Salimans & Ho 2022)."""
+    alphas = torch.tensor(schedule.alphas_cumprod, device=latents.device)[timesteps]
+    a, s = (x.view(-1, 1, 1, 1, 1) for x in (alphas**0.5, (1 - alphas) ** 0.5))
+    target = noise if schedule.prediction_type == "epsilon" else a * noise - s * latents
+    return F.mse_loss(unet(a * latents + s * noise, timesteps, text).float(), target)
+
+
+def seeded_draw(seed: int, latents: Tensor, schedule: Schedule) -> Draw:
+    """Noise and timesteps from (seed, step, micro-step) alone, the same on every device."""
+
+    def draw(step: int, micro: int) -> tuple[Tensor, Tensor]:
+        digest = hashlib.sha256(f"{seed} {step} {micro}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(len(schedule.alphas_cumprod), (latents.shape[0],), generator=generator)
+        return noise.to(latents.device), timesteps.to(latents.device)
+
+    return draw
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """The part of the learning rate that holds at a step (from 0): warm-up, then constant, linear or cosine decay."""
+    if step < config.warmup:
+        return step / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return max(0.0, 1 - done)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _half(unet: VideoUNet, config: TrainConfig | None = None) -> torch.dtype | None:
+    """What autocast computes in: what is asked for, or the dtype of frozen weights that are no float32."""
+    frozen = unet.conv_in.weight.dtype
+    asked = None if config is None else _HALF.get(config.autocast)
+    return asked or (None if frozen == torch.float32 else frozen)
+
+
+def autocast(unet: VideoUNet, config: TrainConfig | None = None) -> torch.autocast:
+    """For calls of a UNet whose masters are float32 beside frozen halves, or that shall compute in halves."""
+    dtype = _half(unet, config)
+    return torch.autocast(unet.device.type, dtype, enabled=dtype is not None)
+
+
+def state_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a run as tensors and a dictionary for JSON."""
+    tensors = {"losses": torch.tensor(training.losses, dtype=torch.float64)}
+    for name, parameter in training.trained.items():
+        tensors[f"master.{name}"] = parameter.detach()
+        for moment, value in training.optimizer.state[parameter].items():
+            tensors[f"{moment}.{name}"] = value
+    return tensors, {"scaler": training.scaler.state_dict()}
+
+
+def restore(training: Training, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    """Puts a saved state into a training that has just begun; raises InputError where it is another model's."""
+    shapes = {"losses": None} | {
+        f"{part}.{name}": parameter.shape if part != "step" else torch.Size()
+        for name, parameter in training.trained.items()
+        for part in ("master", "exp_avg", "exp_avg_sq", "step")
+    }
+    for name, shape in shapes.items():
+        if name not in tensors or shape not in (None, tensors[name].shape):
+            raise InputError(f"the state of the run is not this model's, or is broken: {name} is missing or another")
+    training.losses[:] = tensors["losses"].tolist()
+    training.scaler.load_state_dict(extra["scaler"])
+    for name, parameter in training.trained.items():
+        parameter.data.copy_(tensors[f"master.{name}"])
+        # Cloned: what lies in the file is not aligned as PyTorch's own memory is, and sums may depend on that.
+        training.optimizer.state[parameter] = {
+            moment: tensors[f"{moment}.{name}"].clone().to(parameter.device)
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+        }

@@ -1,0 +1,73 @@
+"""What written edits say of themselves, as other programs read it: FFmpeg's tags, Pillow's text."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import av
+import numpy as np
+import pytest
+from encoded import comments
+
+from tav_opt import __version__, video
+from tav_opt.config import EditConfig
+from tav_opt.contract import ClipInfo, edit_metadata
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+METADATA = {"model": "tiny", "seed": 7, "prompts": ["ein Löwe, 狮子 🦁", 'a "quoted" \\ cat\nof two lines']}
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip"])
+def test_metadata_is_read_by_others_and_changes_no_picture(name, tmp_path):
+    video.write(tmp_path / f"with-{name}", FRAMES, 8, METADATA)
+    assert comments(tmp_path / f"with-{name}") == [METADATA] * (3 if name == "clip" else 1)
+    video.write(tmp_path / name, FRAMES, 8)
+    with_it, without = video.read(tmp_path / f"with-{name}"), video.read(tmp_path / name)
+    assert np.array_equal(with_it.frames, without.frames) and with_it.fps == without.fps
+    with pytest.raises(KeyError):
+        comments(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [254, 255, 256, 510, 511, 5000])
+def test_comments_of_any_length_leave_a_gif_whole(length, tmp_path):
+    filler = "x" * (length - len(json.dumps({"a": ""})))
+    video.write(tmp_path / "clip.gif", FRAMES, 8, {"a": filler})
+    assert comments(tmp_path / "clip.gif") == [{"a": filler}]
+    with av.open(str(tmp_path / "clip.gif")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 3
+
+
+def test_an_mp4_with_metadata_still_plays_while_it_loads():
+    data = video.encode_mp4(FRAMES, 8, METADATA)
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(io.BytesIO(data)) as container:
+        assert json.loads(container.metadata["comment"]) == METADATA
+
+
+INFO = ClipInfo(
+    base="/home/someone/models/tiny", base_hash="ab" * 32, prompt="a dog", frames=3, height=64, width=64, fps=8,
+    inversion_steps=50,
+)  # fmt: skip
+KEYS = [
+    "software",
+    "model",
+    "model_hash",
+    "clip",
+    "engine",
+    "steps",
+    "guidance_scale",
+    "eta",
+    "seed",
+    "inversion",
+    "inversion_steps",
+]
+
+
+def test_keys_stay_as_they_are_and_name_no_folder_of_the_user():
+    config = EditConfig(prompts=("a cat",), guidance_scale=float(np.float32(7.3)), negative_prompt="blur")
+    found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
+    assert list(found) == [*KEYS, "prompts", "negative_prompt"]
+    assert (found["software"], found["model"], found["clip"]) == (f"tav-opt {__version__}", "tiny", "toy")
+    assert (found["guidance_scale"], found["prompts"], found["inversion_steps"]) == (7.3, ["a cat"], 50)
+    assert list(edit_metadata(INFO, "toy", config, config.prompts, engine="compiled", with_prompts=False)) == KEYS
