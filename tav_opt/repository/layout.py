@@ -15,14 +15,14 @@ from tav_opt import schemas
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import CLIP_NAME, STREAM_MODEL, VERSION, ClipInfo, check_clip_name
-from tav_opt.files import MANIFEST, altered, discard, read_object, sha256
+from tav_opt.files import MANIFEST, altered, discard, read_object, sha256, sweep
 from tav_opt.schemas import Manifest
 
 _LOG = logging.getLogger(__name__)
 Stamp = tuple[int, int]
-_ON_ITS_WAY = re.compile(r"\.(?P<name>[^.].*)\.(fresh|old)|\.new-.+|\.\..+\.fresh-.+")
-"""What is about to take a name's place, or has lost it, is beside it as `.name.fresh` and `.name.old`; `files.whole`'s
-names, and those of versions before."""
+_ON_ITS_WAY = re.compile(r"\.(?P<name>[^.].*)\.(fresh|old)|\.\..+\.fresh-.+")
+"""What is about to take a name's place, or has lost it, is beside it as `.name.fresh` and `.name.old`; and the names of
+versions before."""
 ENGINES = "engines"
 """The folder of a base that holds its engines, one folder per card, version and contract."""
 
@@ -142,7 +142,11 @@ def within(root: Path, path: Path) -> Path:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what a killed export left; one killed between taking the old away and putting the new there is ended."""
+    """Removes what a killed export left; one killed between taking the old away and putting the new there is ended.
+
+    What is not yet whole has a lock of its own, which tells whether its maker lives: not all of them hold this folder's.
+    """
+    sweep(parent)
     for left in sorted(parent.glob(".*")):
         if not (found := _ON_ITS_WAY.fullmatch(left.name)):
             continue
