@@ -170,18 +170,21 @@ def _vae(base: Base) -> AutoencoderKL:
 def _text_encoder(base: Base, dtype: torch.dtype) -> CLIPTextModel:
     folder = base.path / "text_encoder"
     try:
-        model, found = CLIPTextModel.from_pretrained(  # nosec B615  # of tensors that were read
-            None,
-            config=CLIPTextConfig.from_dict(configuration.text_config(base.configs["text_encoder"])),
-            state_dict=weights.read(base.files["text_encoder"]),
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are refused below
-            output_loading_info=True,
-        )
+        config = CLIPTextConfig.from_dict(configuration.text_config(base.configs["text_encoder"]))
+        with torch.device("meta"):
+            CLIPTextModel(config)
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # of as many kinds as there are ways to be wrong
         raise InputError(f"{folder / 'config.json'} describes no text encoder: {first_line(error)}") from None
+    model, found = CLIPTextModel.from_pretrained(  # nosec B615  # of tensors that were read
+        None,
+        config=config,
+        state_dict=weights.read(base.files["text_encoder"]),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # they are refused below
+        output_loading_info=True,
+    )
     for fault in ("missing", "mismatched"):
         if names := [name if isinstance(name, str) else name[0] for name in found[f"{fault}_keys"]]:
             raise InputError(f"{folder}: weights do not fit the configuration ({fault} {sorted(names)[:1]}, …)")

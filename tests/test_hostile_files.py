@@ -361,6 +361,34 @@ def test_output_that_is_full_is_one_line(repository):
     assert (run.returncode, run.stderr) == (2, "tav-opt clips: No space left on device\n")
 
 
+NO_THREADS = """
+import sys, threading
+def start(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+from tav_opt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_too_few_threads_are_one_line_that_blames_no_file(tuned, tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        NO_THREADS,
+        "edit",
+        str(tuned),
+        "--prompt",
+        "a cat",
+        "--out",
+        str(tmp_path / "e.mp4"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    line = "tav-opt edit: RuntimeError: can't start new thread (--debug shows where)\n"
+    assert (run.returncode, run.stderr.splitlines(keepends=True)[-1]) == (1, line)
+    assert "Traceback" not in run.stderr and not (tmp_path / "e.mp4").exists()
+
+
 def test_the_examples_are_right_without_their_lies(tuned, repository):
     """So that each refusal above is of what is named there."""
     assert asdict(checkpoint.load(tuned).info)["frames"] == 4
