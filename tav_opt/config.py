@@ -8,11 +8,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_type_hints
 
 C = TypeVar("C", bound=Any)
 T = TypeVar("T")
@@ -26,6 +26,8 @@ PAPER = "Wu et al., Tune-A-Video, ICCV 2023, arXiv 2212.11565"
 
 EngineName = Literal["tensorrt", "compiled", "onnxruntime", "pytorch"]
 EngineChoice = Literal["auto", "tensorrt", "compiled", "onnxruntime", "pytorch"]
+SolverName = Literal["ddim", "dpm++", "unipc"]
+Preset = Literal["exact", "fast", "draft"]
 
 
 class InputError(ValueError):
@@ -260,6 +262,15 @@ class TrainConfig(Config):
 
 EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
 """The settings of an edit that a clip may bring with it; a request that leaves them out gets the clip's."""
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "exact": {},
+    "fast": {"steps": 20, "guidance_interval": 4},
+    "draft": {"steps": 10, "solver": "dpm++", "guidance_interval": 4},
+}
+"""What cheaper edits are made with, in place of the clip's own settings and the defaults; docs/presets.md has what each
+costs and loses."""
+LEFT_OUT = (*EDIT_DEFAULTS, "solver", "guidance_interval")
+"""The settings of an edit that a clip or a preset fills in where they are not given."""
 
 
 @documented
@@ -275,6 +286,10 @@ class EditConfig(Config):
     """DDIM steps of sampling."""
     guidance_scale: GuidanceScale = 12.5
     """Classifier-free guidance scale."""
+    solver: SolverName = "ddim"
+    """How a step is made of what the network predicts: ddim as in the paper, DPM-Solver++(2M) or UniPC."""
+    guidance_interval: Annotated[int, Within(1, 1000)] = 1
+    """After a fifth of the steps ask the network without the prompt in every so many steps only."""
     eta: Annotated[float, Within(0, 1)] = 0.0
     """0: deterministic DDIM; 1: as much noise as DDPM."""
     seed: Seed = 33
@@ -285,9 +300,26 @@ class EditConfig(Config):
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
 
     @classmethod
+    def preset(cls, name: Preset, **settings: Any) -> Self:
+        """The settings of a preset, and those that are given, which go before its own; the rest are the defaults."""
+        return cls(**PRESETS[name] | settings)
+
+    @classmethod
     def of(cls, edit: EditConfig | str | Iterable[str]) -> EditConfig:
         """Prompts alone stand for settings with these prompts."""
         return edit if isinstance(edit, EditConfig) else cls(prompts=texts("prompts", edit))
+
+
+def check_preset(name: str, given: Collection[str]) -> None:
+    """Raises InputError for an unknown preset, and for one that would be ignored: all of its settings are given."""
+    found = PRESETS.get(cast(Preset, name))
+    if found is None:
+        raise InputError(f"preset {name[:63]!r} is not {', '.join(PRESETS)}")
+    if found and set(found) <= set(given):
+        settings = ", ".join(found).replace("_", " ")
+        raise InputError(
+            f"preset {name} would change nothing: {settings} are given (EditConfig.preset fills in the rest)"
+        )
 
 
 @documented

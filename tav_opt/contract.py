@@ -11,7 +11,19 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 
 from tav_opt import __version__
-from tav_opt.config import EDIT_DEFAULTS, EditConfig, EngineName, InputError, InversionConfig, check_numbers, documented
+from tav_opt.config import (
+    EDIT_DEFAULTS,
+    LEFT_OUT,
+    PRESETS,
+    EditConfig,
+    EngineName,
+    InputError,
+    InversionConfig,
+    Preset,
+    check_numbers,
+    check_preset,
+    documented,
+)
 
 E = TypeVar("E", bound=EditConfig)
 
@@ -59,6 +71,17 @@ STREAM_INPUTS = (
     ServedTensor(name="negative_prompt", dtype="STRING", shape=(1,), doc="what to stay away from", optional=True),
     ServedTensor(name="steps", dtype="INT32", shape=(1,), doc="sampling steps", optional=True),
     ServedTensor(name="guidance_scale", dtype="FP32", shape=(1,), doc="classifier-free guidance", optional=True),
+    ServedTensor(
+        name="preset", dtype="STRING", shape=(1,), doc="exact, fast or draft: for settings left out", optional=True
+    ),
+    ServedTensor(name="solver", dtype="STRING", shape=(1,), doc="ddim, dpm++ or unipc", optional=True),
+    ServedTensor(
+        name="guidance_interval",
+        dtype="INT32",
+        shape=(1,),
+        doc="steps without the prompt: every so many after a fifth",
+        optional=True,
+    ),
     ServedTensor(name="eta", dtype="FP32", shape=(1,), doc="0: deterministic, 1: as DDPM", optional=True),
     ServedTensor(name="seed", dtype="UINT64", shape=(1,), doc="of the noise of eta and of no inversion", optional=True),
     ServedTensor(name="inversion", dtype="BOOL", shape=(1,), doc="start from the inverted source", optional=True),
@@ -155,8 +178,9 @@ class Request:
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
+    preset: Preset = "exact"
     given: frozenset[str] = frozenset()
-    """Names of the edit's settings that were given: the clip's own stand for the others."""
+    """Names of the edit's settings that were given: the preset's, or else the clip's own, stand for the others."""
     prompt_metadata: bool = True
     """Whether `metadata` and MP4 files name the prompts."""
 
@@ -230,9 +254,10 @@ class ClipInfo:
         _check_edit_defaults(value["edit"])
         return cls(**{f.name: value[f.name] for f in fields(cls)})
 
-    def edited(self, config: E, given: Collection[str] = ()) -> E:
-        """The settings of an edit, in which the clip's own stand for those that were not given."""
-        return replace(config, **{name: value for name, value in self.edit.items() if name not in given})
+    def edited(self, config: E, given: Collection[str] = (), preset: Preset = "exact") -> E:
+        """The settings of an edit, in which the preset's, or else the clip's, stand for those that were not given."""
+        found = {**self.edit, **PRESETS[preset]}
+        return replace(config, **{name: value for name, value in found.items() if name not in given})
 
 
 def _check_edit_defaults(found: Any) -> None:
@@ -266,6 +291,8 @@ def edit_metadata(
         "engine": engine,
         "steps": config.steps,
         "guidance_scale": round(config.guidance_scale, 6),  # float32 on the wire
+        "guidance_interval": config.guidance_interval,
+        "solver": config.solver,
         "eta": round(config.eta, 6),
         "seed": config.seed,
         "inversion": config.inversion,
@@ -297,19 +324,23 @@ def to_tensors(
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
     prompt_metadata: bool = Request.prompt_metadata,
+    preset: Preset = Request.preset,
     left_out: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """A request as the tensors of STREAM_INPUTS; raises InputError for numbers that do not fit their dtype.
 
-    Settings that are `left_out` are the clip's.
-
-    Without a preview they are those of UNARY_INPUTS too.
+    Settings that are `left_out` are the preset's or the clip's. Without a preview the tensors are those of UNARY_INPUTS
+    too. Raises InputError for a preset that `check_preset` refuses.
     """
+    check_preset(preset, set(LEFT_OUT) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
-    values |= {"prompt_metadata": None if prompt_metadata else False}  # servers of before know no such input
+    # Servers of before do not know these inputs.
+    values |= {"prompt_metadata": None if prompt_metadata else False, "preset": None if preset == "exact" else preset}
+    usual = {name for name in set(LEFT_OUT) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
+    absent = {*left_out, *(usual if preset == "exact" else ())}
     settings = [t.name for t in STREAM_INPUTS if t.name not in values]
-    values |= {name: None if name in left_out else getattr(config, name) for name in settings}
+    values |= {name: None if name in absent else getattr(config, name) for name in settings}
     return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
 
 
@@ -368,6 +399,7 @@ def check_request(request: Request) -> None:
     """Raises InputError for values that make no sense together."""
     if request.output not in get_args(Output):
         raise InputError(f"output {request.output[:63]!r} is not {' or '.join(get_args(Output))}")
+    check_preset(request.preset, request.given)
     if request.preview_interval < 0:
         raise InputError(f"preview_interval {request.preview_interval}: must be 0 (none) or more")
     sources = [name for name in ("video", "source_frames") if getattr(request, name) is not None]

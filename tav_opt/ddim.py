@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -60,6 +60,21 @@ class Step:
     """(b,c,f,h,w), the clean latents that it predicts."""
 
 
+class Known(NamedTuple):
+    """A run at the noisy end of one of its steps; the network has just been asked."""
+
+    alpha: float
+    """ᾱ."""
+    latents: Tensor
+    """(b,c,f,h,w)."""
+    clean: Tensor
+    """(b,c,f,h,w), the predicted clean latents x₀."""
+    noise: Tensor
+    """(b,c,f,h,w), the predicted noise ε."""
+
+
+Solver = Callable[[Known, float], Tensor]
+"""What is known, ᾱ at the step's clean end → the latents there; one that looks back serves a single run."""
 MAX_TIMESTEPS = 100_000
 """Of a diffusion process, a hundred times those of Stable Diffusion."""
 OnStep = Callable[[Step], object]
@@ -200,6 +215,34 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+class Guided:
+    """`predict` with classifier-free guidance, asked once a step of so many.
+
+    With an interval k the difference that the text makes is computed in the first fifth of the steps and in each k-th
+    one after; in between the last one stands for it, and the network is asked for the text's half alone (the idea of
+    FasterCache's CFG-Cache, Lv et al. 2024, arXiv 2410.19355, without its weighting of frequencies).
+    """
+
+    EARLY = 0.2
+    """The share of the steps in which the layout comes about."""
+
+    def __init__(self, predict: Predict, unconditional: Text, scale: float, interval: int, steps: int) -> None:
+        self._predict, self._unconditional, self._scale = predict, unconditional, scale
+        self._interval, self._early = interval, self.EARLY * steps
+        self._done = 0
+        self._difference: Tensor | None = None
+
+    def __call__(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        number, self._done = self._done, self._done + 1
+        if self._difference is not None and number >= self._early and number % self._interval:
+            return self._predict(latents, timestep, text) + (self._scale - 1) * self._difference
+        both = _both(self._unconditional, text)
+        without, with_text = self._predict(torch.cat([latents, latents]), timestep, both).chunk(2)
+        if self._interval > 1:
+            self._difference = with_text - without
+        return guide(without, with_text, self._scale)
+
+
 def _both(unconditional: Text, text: Text) -> Text:
     """One batch of the two, which are of one kind and have the same names."""
     if isinstance(unconditional, Tensor) and isinstance(text, Tensor):
@@ -249,27 +292,28 @@ def sample(
     *,
     unconditional: Text | None = None,
     guidance_scale: float = 1.0,
+    guidance_interval: int = 1,
+    solver: Solver | None = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     on_step: OnStep = lambda _: None,
 ) -> Tensor:
     """DDIM sampling from `latents`, guided where `unconditional` text is given (one call with both batches).
 
-    latents (b,c,f,h,w), text and unconditional as `predict` takes them → (b,c,f,h,w). The noise of `eta` is one draw
-    for all of the batch, so that each sample is what it would be alone; it is drawn on the processor, the same for
-    every device, and is the only thing that a step copies there. Raises InputError for texts of two kinds.
+    latents (b,c,f,h,w), text and unconditional as `predict` takes them → (b,c,f,h,w). `guidance_interval` is that of
+    `Guided`; a `solver` takes the place of DDIM's own step, and of `eta`. The noise of `eta` is one draw for all of the
+    batch, so that each sample is what it would be alone; it is drawn on the processor, the same for every device, and
+    is the only thing that a step copies there. Raises InputError for texts of two kinds.
     """
-    guided = unconditional is not None and guidance_scale != 1.0
-    both = _both(cast(Text, unconditional), text) if guided else text
+    if unconditional is not None and guidance_scale != 1.0:
+        predict = Guided(predict, unconditional, guidance_scale, guidance_interval, steps)
     for number, timestep, on_device in _timesteps(schedule, latents, steps, upward=False):
-        if guided:
-            without, with_text = predict(torch.cat([latents, latents]), on_device, both).chunk(2)
-            predicted = guide(without, with_text, guidance_scale)
-        else:
-            predicted = predict(latents, on_device, both)
+        predicted = predict(latents, on_device, text)
         alpha, after = schedule.alpha(timestep), schedule.alpha_before(timestep, steps)
         clean, noise = _clean_and_noise(latents, predicted, alpha, schedule.prediction_type)
-        if eta > 0:
+        if solver is not None:
+            latents = solver(Known(alpha, latents, clean, noise), after)
+        elif eta > 0:
             fresh = torch.randn(latents[:1].shape, generator=generator, dtype=latents.dtype).to(latents.device)
             latents = stochastically_noised(clean, noise, fresh, alpha, after, eta)
         else:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tav_opt import ddim
-from tav_opt.config import EditConfig, InputError, OnProgress, check_numbers, check_text
+from tav_opt.config import EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
+from tav_opt.solvers import solver
 
 if TYPE_CHECKING:
     from tav_opt.engines import Engine
@@ -27,6 +28,10 @@ def check(config: EditConfig) -> None:
         check_text("prompt", prompt)
     check_text("negative prompt", config.negative_prompt)
     check_numbers(config)
+    if config.solver not in get_args(SolverName):
+        raise InputError(f"solver {config.solver[:63]!r} is not {', '.join(get_args(SolverName))}")
+    if config.solver != "ddim" and config.eta > 0:
+        raise InputError(f"eta {config.eta:g} with solver {config.solver}: only ddim adds noise")
 
 
 def start_latents(
@@ -79,6 +84,8 @@ def sample(
             config.steps,
             unconditional=text[:1].expand(len(batch), -1, -1),
             guidance_scale=config.guidance_scale,
+            guidance_interval=config.guidance_interval,
+            solver=solver(config.solver, config.steps),
             eta=config.eta,
             generator=torch.Generator().manual_seed(config.seed),
             on_step=_counted(on_step, done, total),

@@ -22,7 +22,7 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import EditConfig, EngineChoice
+from tav_opt.config import PRESETS, EditConfig, EngineChoice, Preset, check_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Edit(EditConfig):
     """Folder that `tav-opt tune` wrote, or that of an exported clip (`…/tune_a_video_stream/1/clips/NAME`)."""
     engine: EngineChoice = "auto"
     """What runs an exported clip; a checkpoint runs in eager PyTorch."""
+    preset: Preset = "exact"
+    """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
@@ -54,6 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     args, given = given_settings(Edit, "tav-opt edit", arguments)
     from tav_opt.clip_folder import ClipFolder
 
+    check_preset(args.preset, given)
     clip = ClipFolder.at(args.checkpoint)
     check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
     import torch
@@ -70,9 +73,10 @@ def run(arguments: Sequence[str]) -> None:
     engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=args.base)
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
-    args = engine.info.edited(args, given)
-    if own := {name: value for name, value in engine.info.edit.items() if name not in given}:
-        print(f"tav-opt edit: {listed(own)}, as the clip brings it", file=sys.stderr)
+    args = engine.info.edited(args, given, args.preset)
+    for who, found in (("clip", engine.info.edit), (f"preset {args.preset}", PRESETS[args.preset])):
+        if own := {name: value for name, value in found.items() if name not in given and getattr(args, name) == value}:
+            print(f"tav-opt edit: {listed(own)}, as the {who} brings it", file=sys.stderr)
     if "seed" in given:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tav_opt import progress
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import EDIT_DEFAULTS, ClipConfig, Count, EditConfig, Index, Within
+from tav_opt.config import LEFT_OUT, ClipConfig, Count, EditConfig, Index, Preset, Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Request(EditConfig):
     """Spread the frames evenly over the video instead of start and stride."""
     fit: Literal["crop", "squash"] = ClipConfig.fit
     """Centre crop that keeps the aspect, or squash."""
+    preset: Preset = "exact"
+    """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     url: str = "localhost:8001"
     """Server's gRPC address."""
     deadline: Annotated[float, Within(0.001, 30 * 86_400)] | None = None
@@ -77,7 +79,8 @@ def run(arguments: Sequence[str]) -> int:
                 deadline_s=args.deadline,
                 output=output,
                 prompt_metadata=args.prompt_metadata,
-                left_out=set(EDIT_DEFAULTS) - given,
+                preset=args.preset,
+                left_out=set(LEFT_OUT) - given,
                 **source,
             )
     except ServerError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tav_opt.config import EDIT_DEFAULTS, EditConfig, InputError, PathLike, documented
+from tav_opt.config import LEFT_OUT, EditConfig, InputError, PathLike, Preset, documented
 from tav_opt.contract import (
     CLIPS_MODEL,
     STARTED_ANEW,
@@ -107,8 +107,10 @@ class Options(TypedDict, total=False):
     output: Literal["frames", "mp4"]
     prompt_metadata: bool
     """False: no prompts in the metadata."""
+    preset: Preset
+    """Cheaper settings for those that are left out."""
     left_out: Collection[str]
-    """Of steps, guidance_scale and inversion, those in whose place the clip's own stand; of prompts alone, all."""
+    """Of config.LEFT_OUT, the settings in whose place the preset's or the clip's own stand; of prompts alone, all."""
 
 
 @documented
@@ -157,7 +159,7 @@ class Exchange:
         """An edit of `clip`; prompts alone stand for EditConfig(prompts=…) with the clip's own settings."""
         config = EditConfig.of(edit)
         asked: dict[str, Any] = dict(options)
-        left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else EDIT_DEFAULTS)
+        left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else LEFT_OUT)
         deadline_s = asked.pop("deadline_s", None)
         if unknown := sorted(set(asked) - SERVED):
             raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")

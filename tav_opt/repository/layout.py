@@ -144,7 +144,7 @@ def within(root: Path, path: Path) -> Path:
 def _sweep(parent: Path) -> None:
     """Removes what a killed export left; one killed between taking the old away and putting the new there is ended.
 
-    What is not yet whole has a lock of its own, which tells whether its maker lives: not all of them hold this folder's.
+    What is not yet whole has a lock of its own, which tells whether its maker lives: not all hold this folder's.
     """
     sweep(parent)
     for left in sorted(parent.glob(".*")):

@@ -81,7 +81,7 @@ class Editor:
         editing.check(request.edit)
         with report.stage("open"):
             engine = self.clips(request.clip)
-        request = replace(request, edit=engine.info.edited(request.edit, request.given))
+        request = replace(request, edit=engine.info.edited(request.edit, request.given, request.preset))
         check_request(request)
         report.request, report.engine = request, engine.kind
         _check_source(request, engine)

@@ -1,0 +1,125 @@
+"""What cheaper edits save and lose: `python benchmarks/frontier.py --help`.
+
+Each combination of steps, solver and guidance interval edits the package's clips from their kept inversions, in turn
+with the exact edit, and is compared with it frame by frame. `--held-out` takes other prompts, which no choice of a
+preset may look at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+from common import header, machine
+from crossings import DEMO, EDITS, Source, scores, sources, tuned
+
+from tav_opt import command, editing
+from tav_opt.config import PRESETS, EditConfig, SolverName
+from tav_opt.demo import world
+from tav_opt.demo.judge import Judge
+from tav_opt.demo.vae import psnr
+from tav_opt.engines.exported import ExportedEngine
+from tav_opt.engines.registry import load
+from tav_opt.export.exporting import export
+from tav_opt.files import write_json
+
+HELD_OUT: dict[str, tuple[dict[str, str], ...]] = {
+    "leopard": ({"subject": "zebra"}, {"place": "meadow"}, {"style": "watercolour"}),
+    "rabbit": ({"subject": "dog"}, {"place": "beach"}, {"style": "sketch"}),
+    "horse": ({"subject": "cow"}, {"place": "night"}, {"style": "pixel"}),
+    "chick": ({"subject": "cat"}, {"place": "forest"}, {"style": "grey"}),
+}
+COLUMNS = ("times as fast", "PSNR", "least PSNR", "right frames", "track", "unrest around")
+HEAD = f"| settings | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """Combinations of cheaper settings, or the presets, beside the exact edit."""
+
+    presets: bool = False
+    """Only these, not all combinations."""
+    steps: tuple[int, ...] = (25, 20, 15, 12, 10, 8)
+    solvers: tuple[SolverName, ...] = ("ddim", "dpm++", "unipc")
+    intervals: tuple[int, ...] = (1, 3, 4)
+    held_out: bool = False
+    clips: tuple[str, ...] = tuple(EDITS)
+    edits: int = 6
+    """Of each clip, the first ones."""
+    folder: Path = Path("demo-out/quality")
+    """Of the tuned clips, as in quality.py."""
+    out: Path = Path("benchmarks/results/frontier.json")
+
+
+def main(config: Frontier) -> int:
+    """Measures, prints and keeps; returns the exit status."""
+    judge, rows = Judge.open(), dict[str, list[dict[str, float]]]()
+    for source in sources():
+        if source.name in config.clips:
+            engine = _engine(source, config.folder)
+            for change in (HELD_OUT if config.held_out else EDITS)[source.name][: config.edits]:
+                for name, found in _measured(engine, judge, source, change, config).items():
+                    rows.setdefault(name, []).append(found)
+                print(f"{source.name}: {world.prompt(source.edited(change))}", flush=True)
+    means = {name: _mean(found) for name, found in rows.items()}
+    what = f"{len(next(iter(rows.values())))} edits of {'held-out' if config.held_out else 'known'} prompts"
+    print(f"{header(what)}\n\n{HEAD}")
+    for name, mean in means.items():
+        print(f"| {name} | {' | '.join(f'{mean[column]:.3g}' for column in COLUMNS)} |")
+    write_json(config.out, {"command": " ".join(sys.argv), "machine": machine(), "means": means, "edits": rows})
+    return 0
+
+
+def _engine(source: Source, folder: Path) -> ExportedEngine:
+    """The best engine there is here, of the clip as the demo tunes and exports it."""
+    tuned(source, folder / source.name)
+    engine = load(export(folder / source.name, folder / "repository", name=source.name))
+    assert isinstance(engine, ExportedEngine)
+    return engine
+
+
+def _settings(config: Frontier) -> Iterator[tuple[str, EditConfig]]:
+    exact = DEMO.edit_config("")
+    yield "exact", exact
+    if config.presets:
+        yield from ((name, replace(exact, **settings)) for name, settings in PRESETS.items() if settings)
+        return
+    for steps, solver, interval in itertools.product(config.steps, config.solvers, config.intervals):
+        name = f"{steps} steps, {solver}, guidance 1 of {interval}"
+        yield name, replace(exact, steps=steps, solver=solver, guidance_interval=interval)
+
+
+def _measured(
+    engine: ExportedEngine, judge: Judge, source: Source, change: dict[str, str], config: Frontier
+) -> dict[str, dict[str, float]]:
+    prompt, found, exact, whole = world.prompt(source.edited(change)), dict[str, dict[str, float]](), None, 0.0
+    for name, settings in _settings(config):
+        began = time.perf_counter()
+        frames = editing.edit(engine, replace(settings, prompts=(prompt,)))[0]
+        seconds = time.perf_counter() - began
+        exact, whole = (frames, seconds) if exact is None else (exact, whole)
+        same = psnr(exact, frames) if not np.array_equal(exact, frames) else float("inf")
+        found[name] = {"times as fast": whole / seconds, "PSNR": same, **scores(judge, frames, source, change)}
+    return found
+
+
+def _mean(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of all edits; the median of what is a matter of time."""
+    mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    faster = float(np.median([one["times as fast"] for one in found]))
+    return mean | {"times as fast": faster, "least PSNR": min(one["PSNR"] for one in found)}
+
+
+if __name__ == "__main__":
+    sys.exit(
+        command.run(
+            "benchmarks/frontier.py",
+            lambda arguments: main(tyro.cli(Frontier, prog="benchmarks/frontier.py", args=arguments)),
+        )
+    )
