@@ -300,9 +300,9 @@ class EditConfig(Config):
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
 
     @classmethod
-    def preset(cls, name: Preset, **settings: Any) -> Self:
+    def of_preset(cls, name: Preset, **settings: Any) -> Self:
         """The settings of a preset, and those that are given, which go before its own; the rest are the defaults."""
-        return cls(**PRESETS[name] | settings)
+        return cls(**{**PRESETS[name], **settings})
 
     @classmethod
     def of(cls, edit: EditConfig | str | Iterable[str]) -> EditConfig:
@@ -318,7 +318,7 @@ def check_preset(name: str, given: Collection[str]) -> None:
     if found and set(found) <= set(given):
         settings = ", ".join(found).replace("_", " ")
         raise InputError(
-            f"preset {name} would change nothing: {settings} are given (EditConfig.preset fills in the rest)"
+            f"preset {name} would change nothing: {settings} are given (EditConfig.of_preset fills in the rest)"
         )
 
 

@@ -32,9 +32,9 @@ def test_presets_are_made_of_settings_that_may_be_left_out():
     assert list(PRESETS) == ["exact", "fast", "draft"] and not PRESETS["exact"]
     for name in CHEAP:
         assert set(PRESETS[name]) <= set(LEFT_OUT)
-        assert EditConfig.preset(name, prompts="x").steps == PRESETS[name]["steps"] < EditConfig.steps
-    assert EditConfig.preset("fast", steps=7).steps == 7
-    assert EditConfig.preset("exact", prompts="x") == EditConfig(prompts="x")
+        assert EditConfig.of_preset(name, prompts="x").steps == PRESETS[name]["steps"] < EditConfig.steps
+    assert EditConfig.of_preset("fast", steps=7).steps == 7
+    assert EditConfig.of_preset("exact", prompts="x") == EditConfig(prompts="x")
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -51,7 +51,7 @@ def test_a_served_request_of_a_preset_is_that_of_its_settings(name):
     calls = {}
     for kind, tensors in {
         "preset": to_tensors("toy", PROMPT, preset=name, left_out=LEFT_OUT),
-        "settings": to_tensors("toy", EditConfig.preset(name, prompts=PROMPT.prompts)),
+        "settings": to_tensors("toy", EditConfig.of_preset(name, prompts=PROMPT.prompts)),
     }.items():
         engine = FakeEngine()
         responses, report = answered(editor(engine), tensors)
@@ -92,7 +92,7 @@ def test_what_a_request_says_goes_before_its_preset():
         ({"solver": np.array([b"euler"], object)}, "solver 'euler' is not ddim, dpm"),
         ({"guidance_interval": np.array([0], np.int32)}, "guidance interval 0 is not within 1…1000"),
         ({"solver": np.array([b"unipc"], object), "eta": np.array([0.5], np.float32)}, "eta 0.5 with solver unipc"),
-        ({n: v for n, v in to_tensors("x", EditConfig.preset("fast", prompts="x")).items() if n in LEFT_OUT}
+        ({n: v for n, v in to_tensors("x", EditConfig.of_preset("fast", prompts="x")).items() if n in LEFT_OUT}
          | {"preset": np.array([b"fast"], object)}, "preset fast would change nothing: steps, guidance interval"),
     ],
 )  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_client_sends_a_preset_and_refuses_one_that_would_be_ignored():
         return {tensor.name for tensor in request.inputs}
 
     assert "preset" in sent("a panda") and not sent("a panda") & set(LEFT_OUT)
-    with pytest.raises(InputError, match=r"would change nothing.*EditConfig\.preset"):
+    with pytest.raises(InputError, match=r"would change nothing.*EditConfig\.of_preset"):
         sent(PROMPT)
     with pytest.raises(InputError, match="preset 'quick' is not"):
         Exchange.of("toy", "a panda", {"preset": "quick"}, Retry())
