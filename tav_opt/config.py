@@ -290,6 +290,28 @@ class EditConfig(Config):
         return edit if isinstance(edit, EditConfig) else cls(prompts=texts("prompts", edit))
 
 
+CLIP = "openai/clip-vit-large-patch14"
+"""What the paper's metrics are measured with, as TGVE 2023 does (arXiv 2310.16003)."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig(Config):
+    """The networks that an edit is measured with: directories or hub ids of transformers' networks."""
+
+    clip: str | None = None
+    """Of frame consistency, textual alignment and frame accuracy; default: openai/clip-vit-large-patch14, or the
+    demo's own encoder where that is not to be had."""
+    pick_score: str | None = None
+    """PickScore's own CLIP, yuvalkirstain/PickScore_v1; without it there is no PickScore."""
+    dino: str | None = None
+    """DINO's ViT, facebook/dino-vitb8; without it there is no structure distance."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    batch: Count = 16
+    """Frames that go through a network at a time."""
+
+
 @documented
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig(Config):
