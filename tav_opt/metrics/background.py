@@ -81,8 +81,13 @@ def _check_size(frames: np.ndarray, least: int) -> None:
 
 
 def _backgrounds(edit: np.ndarray, source: np.ndarray, mask: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some frames of edit and source at a time, (frames, 3, H, W) in 0…1, black where the mask is true."""
-    keep = np.broadcast_to(~mask, edit.shape[:3])[..., None]
+    """Some frames of edit and source at a time, (frames, 3, H, W) in 0…1, black where the mask is true.
+
+    Frames that may change all over do not count: they would be equal.
+    """
+    keep = np.broadcast_to(~mask, edit.shape[:3])
+    some = keep.any((1, 2))
+    edit, source, keep = edit[some], source[some], keep[some][..., None]
     for first in range(0, len(edit), BATCH):
         part = slice(first, first + BATCH)
         made, given = (

@@ -46,8 +46,8 @@ class Edited:
             raise InputError(f"mask of {_told(mask)}, edit of {_told(self.frames)}: they must be alike")
         if len(mask) not in (1, len(self.frames)):
             raise InputError(f"mask of {_told(mask)}, edit of {_told(self.frames)}: it must have one frame, or as many")
-        if mask.reshape(len(mask), -1).all(1).any():
-            raise InputError("mask: a frame of it is white all over and leaves no background to compare")
+        if mask.all():
+            raise InputError("mask: it is white all over and leaves no background to compare")
 
 
 def _told(frames: np.ndarray) -> str:

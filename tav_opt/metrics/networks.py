@@ -23,7 +23,7 @@ def load_network(kind: Any, folder: Path, *, device: str | torch.device = "cpu",
     """
     weights.files(folder)
     try:
-        model, about = kind.from_pretrained(folder, output_loading_info=True)  # nosec B615  # a local folder
+        model, about = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # of many kinds
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
     if lacking := sorted(name for name in about["missing_keys"] if name.split(".")[0] != spare):

@@ -17,6 +17,8 @@ from tav_opt.config import InputError, MetricsConfig, PathLike
 from tav_opt.files import read_object
 from tav_opt.metrics.networks import load_network, load_processor
 
+KINDS = ("vit", "dinov2")
+"""Of transformers, that see all of a picture and have keys of their own; a masked autoencoder sees a quarter."""
 KEYS = ("key", "k_proj")
 """What transformers' ViTs call the projection to keys, the second since version 5."""
 
@@ -40,11 +42,9 @@ class Vit:
         path = resolve(path_or_hub_id, network=True)
         size = _input_size(path)
         model = load_network(AutoModel, path, device=device, spare="pooler")  # DINO has none
-        layers = [module for name, module in model.named_modules() if name.split(".")[-1] in KEYS]
-        if not layers:
-            raise InputError(f"{path_or_hub_id} is no ViT with keys of its own: no module is named {' or '.join(KEYS)}")
+        layer = [module for name, module in model.named_modules() if name.split(".")[-1] in KEYS][-1]
         processor = load_processor(path, size)
-        return cls(name=str(path_or_hub_id), model=model, processor=processor, layer=layers[-1], batch=batch)
+        return cls(name=str(path_or_hub_id), model=model, processor=processor, layer=layer, batch=batch)
 
     @torch.no_grad()
     def keys(self, frames: np.ndarray) -> Tensor:
@@ -60,10 +60,11 @@ class Vit:
 
 
 def _input_size(path: Path) -> int:
-    """Pixels of a side; raises InputError for a network that takes no pictures."""
+    """Pixels of a side; raises InputError for a network of another kind."""
     config = read_object(path / "config.json")
-    if not isinstance(size := config.get("image_size"), int):
-        raise InputError(f"{path} is no ViT: its config.json, of a {config.get('model_type')!r}, has no image_size")
+    kind, size = config.get("model_type"), config.get("image_size")
+    if kind not in KINDS or not isinstance(size, int):
+        raise InputError(f"{path} is no ViT: its config.json says model_type {kind!r}, not {' or '.join(KINDS)}")
     return size
 
 
