@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -167,7 +168,7 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(LeftOut, match="needs Nothing, which is not installed: pip install nothing-of-it"):
         left_out.library("nothing_of_that_name", "Nothing", "nothing-of-it")
     frames = moving((1, 0), 2)
-    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
     for metric in (warping_error, motion_fidelity):
         with pytest.raises(LeftOut, match=r"needs OpenCV, .*pip install 'tav-opt\[metrics\]'"):
             metric(frames, frames)
@@ -182,13 +183,12 @@ def vit() -> Vit:
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
     )
-    folder_processor = SimpleNamespace(size=32)
     model = ViTModel(config).eval()
     layer = next(m for name, m in reversed(list(model.named_modules())) if name.endswith(("key", "k_proj")))
 
     def processed(images: list[np.ndarray], **_options: str) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-        return {"pixel_values": functional.interpolate(pixels, folder_processor.size)}
+        return {"pixel_values": functional.interpolate(pixels, 32)}
 
     return Vit(name="small", model=model, processor=processed, layer=layer, batch=2)
 
@@ -291,9 +291,8 @@ def torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path) -> SqueezeNet:
     network = SqueezeNet().eval()
     weights = SimpleNamespace(DEFAULT=SimpleNamespace(url="https://example.org/models/squeezenet1_1-b8a52dc0.pth"))
     models = SimpleNamespace(SqueezeNet1_1_Weights=weights, squeezenet1_1=lambda weights: network)
-    modules = __import__("sys").modules
-    monkeypatch.setitem(modules, "torchvision", SimpleNamespace(models=models))
-    monkeypatch.setitem(modules, "torchvision.models", models)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
     monkeypatch.setattr(theirs, "_TORCHVISION_AVAILABLE", True)
     monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
