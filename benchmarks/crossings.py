@@ -16,6 +16,7 @@ from tav_opt.demo.judge import Judge, frame_difference, outside, track_correlati
 from tav_opt.demo.places import PLACES
 from tav_opt.demo.run import DemoConfig
 from tav_opt.files import read_json
+from tav_opt.metrics.clip_scores import frame_consistency, textual_alignment
 
 PACKAGE = Path(models.__file__).parent / "demo"
 DEMO = DemoConfig()
@@ -118,10 +119,11 @@ NAMES = {"subject": list(JUDGED), "place": list(PLACES), "style": list(world.STY
 
 
 def metrics(judge: Judge, frames: np.ndarray, source: Source, prompt: str) -> dict[str, float]:
-    """The paper's metrics (section 4.2) and two of the motion, of one edit."""
+    """The paper's metrics by the demo's own encoder, alignment as a plain cosine, and two of motion, of one edit."""
+    images, text = judge.encoder.embed_images(frames), judge.encoder.embed_texts(prompt)[0]
     return {
-        "frame consistency": judge.frame_consistency(frames),
-        "textual alignment": judge.textual_alignment(frames, prompt),
+        "frame consistency": frame_consistency(images),
+        "textual alignment": textual_alignment(images, text) / 100,
         "track": track_correlation(judge.track(frames), source.track),
         "flicker": frame_difference(frames) - frame_difference(source.clip.frames),
     }

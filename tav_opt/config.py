@@ -264,8 +264,8 @@ EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
 """The settings of an edit that a clip may bring with it; a request that leaves them out gets the clip's."""
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "exact": {},
-    "fast": {"steps": 20, "guidance_interval": 4},
-    "draft": {"steps": 10, "solver": "dpm++", "guidance_interval": 4},
+    "fast": {"steps": 20, "guidance_interval": 2},
+    "draft": {"steps": 12, "guidance_interval": 3},
 }
 """What cheaper edits are made with, in place of the clip's own settings and the defaults; docs/presets.md has what each
 costs and loses."""
@@ -320,6 +320,28 @@ def check_preset(name: str, given: Collection[str]) -> None:
         raise InputError(
             f"preset {name} would change nothing: {settings} are given (EditConfig.of_preset fills in the rest)"
         )
+
+
+CLIP = "openai/clip-vit-large-patch14"
+"""What the paper's metrics are measured with, as TGVE 2023 does (arXiv 2310.16003)."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig(Config):
+    """The networks that an edit is measured with: directories or hub ids of transformers' networks."""
+
+    clip: str | None = None
+    """Of frame consistency, textual alignment and frame accuracy; default: openai/clip-vit-large-patch14, or the
+    demo's own encoder where that is not to be had."""
+    pick_score: str | None = None
+    """PickScore's own CLIP, yuvalkirstain/PickScore_v1; without it there is no PickScore."""
+    dino: str | None = None
+    """DINO's ViT, facebook/dino-vitb8; without it there is no structure distance."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    batch: Count = 16
+    """Frames that go through a network at a time."""
 
 
 @documented

@@ -21,7 +21,7 @@ ROWS = (
     ("unet", "tuning_state"),
     ("models", "tuning_step"),
     ("memory",),
-    ("editing", "engines"),
+    ("editing", "engines", "metrics"),
     ("tuning",),
     ("export", "serving", "client"),
     ("demo",),

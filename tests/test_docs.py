@@ -25,6 +25,7 @@ from exported import FRAMES, SIDE
 
 import tav_opt
 from tav_opt import cli, client, video
+from tav_opt.files import read_json
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -218,6 +219,24 @@ def probed(world: World) -> None:
     assert world.shell(BLOCKS["serving.md: Health, sh 1"]).startswith(("alive: ", "busy: "))
 
 
+def measured(world: World) -> None:
+    """The edit that FIRST made last; the demo's encoder where OpenAI's is not to be had, and either way named."""
+    shown = world.shell(BLOCKS["metrics.md: Metrics, sh 1"])
+    told = read_json(world.folder / "edit.json")
+    assert told["networks"]["encoder"] in shown and -1 <= told["metrics"]["frame consistency"] <= 1
+    assert told["left_out"]["background PSNR"] == "no mask is given" and "left out: no mask is given" in shown
+
+
+def prepared(world: World) -> None:
+    world.python(BLOCKS["metrics.md: Metrics, python 1"])
+    assert frames_of(world.folder / "source.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
+def measured_in_python(world: World) -> None:
+    found = world.python(BLOCKS["metrics.md: Metrics, python 2"])["measured"]
+    assert "frame consistency" in found.values and "frame accuracy" in found.left_out
+
+
 def nothing(world: World) -> None:
     assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
 
@@ -226,6 +245,9 @@ CHECKS = {
     FIRST: daily_use,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
+    "metrics.md: Metrics, python 1": prepared,
+    "metrics.md: Metrics, sh 1": measured,
+    "metrics.md: Metrics, python 2": measured_in_python,
     "serving.md: From Python, with this package, python 1": edited(
         "serving.md: From Python, with this package, python 1"
     ),

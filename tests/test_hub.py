@@ -17,8 +17,9 @@ import torch
 from huggingface_hub import constants
 
 from tav_opt import models
-from tav_opt.base.directory import Base
+from tav_opt.base.directory import Base, resolve
 from tav_opt.config import InputError
+from tav_opt.metrics.clip_encoder import DEMO, ClipEncoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -220,3 +221,26 @@ def test_repositories_that_are_not_to_be_had(hub, name, message):
     with pytest.raises(InputError, match=message) as error:
         models.resolve(f"owner/{name}")
     assert "\n" not in str(error.value)
+
+
+def test_a_network_is_fetched_in_one_format_and_serves_from_the_cache(hub, monkeypatch, caplog):
+    """As CLIP lies on the hub: one network, in every format there is."""
+    folder = shutil.copytree(DEMO, hub.root / "clip")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md", "onnx/model.onnx"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x" * 99)
+    path = resolve("owner/clip", network=True)
+    assert weights_of(hub.fetched) == ["model.safetensors"] and "tokenizer.json" in hub.fetched
+    assert "fetching" in caplog.text and ClipEncoder.open("owner/clip").name == "owner/clip"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("owner/clip", network=True) == path
+    (path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no weights.*in the cache; the hub does not answer"):
+        resolve("owner/clip", network=True)
+
+
+def test_a_network_without_weights_is_refused(hub):
+    (hub.root / "none").mkdir()
+    (hub.root / "none" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="owner/none holds no weights"):
+        resolve("owner/none", network=True)

@@ -25,6 +25,7 @@ from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig, Work
 from tav_opt.contract import from_tensors
 from tav_opt.engines import registry
 from tav_opt.export import exporting
+from tav_opt.metrics import clip_encoder, embeddings, masks, measuring, structure_distance
 from tav_opt.repository import clips, layout
 from tav_opt.serving.host.serve_config import ServeConfig
 
@@ -43,12 +44,13 @@ kinds = pytest.mark.parametrize("kind", [str, Somewhere], ids=["str", "PathLike"
 
 # Paths.
 
-MODULES = (checkpoint, clips, models, reference, video)
+MODULES = (checkpoint, clips, models, reference, video, embeddings, masks, measuring)
 """Whose functions docs name, or others' code imports."""
 
 
 def functions() -> Iterator[Callable]:
     yield from (layout.find_clip, layout.version_folder, registry.open_clip, exporting.add)
+    yield from (clip_encoder.ClipEncoder.open, structure_distance.Vit.open)
     for name in tav_opt.__all__:
         found = getattr(tav_opt, name)
         yield from (found,) if inspect.isfunction(found) else public(vars(found).values(), found.__module__)

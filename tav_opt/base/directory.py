@@ -14,21 +14,21 @@ from tav_opt.config import InputError, PathLike
 from tav_opt.files import sha256
 
 
-def resolve(path_or_hub_id: PathLike) -> Path:
+def resolve(path_or_hub_id: PathLike, *, network: bool = False) -> Path:
     """The local directory of a model: the path itself, or a snapshot of a Hugging Face repository.
 
-    Raises InputError when it is neither.
+    A Stable Diffusion, or one `network` of transformers, as CLIP is. Raises InputError when it is neither.
     """
     path, name = Path(path_or_hub_id).expanduser(), os.fspath(path_or_hub_id)
     if path.is_dir():
         return path
-    if path.suffix.lower() in configuration.SINGLE_FILES:
+    if path.suffix.lower() in configuration.SINGLE_FILES and not network:
         raise InputError(f"model {configuration.convert(name)}")
     if path.exists() or len(path.parts) != 2 or path.is_absolute() or name.startswith("."):
         raise InputError(f"model {name!r} is neither a directory nor a hub id (owner/name)")
     from tav_opt.base import hub
 
-    return hub.fetch(path.as_posix())
+    return (hub.fetch_network if network else hub.fetch)(path.as_posix())
 
 
 @dataclass(frozen=True)

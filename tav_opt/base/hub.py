@@ -21,10 +21,9 @@ def fetch(hub_id: str) -> Path:
     What is in the cache is not fetched again, and serves where the hub does not answer. Raises InputError.
     """
     try:
-        listed = HfApi().model_info(hub_id, files_metadata=True).siblings or ()
+        sizes = _listed(hub_id)
     except Exception as error:  # the hub raises many kinds, and all of them mean the same here
-        return _cached(hub_id, error)
-    sizes = {file.rfilename: file.size or 0 for file in listed}
+        return _cached(hub_id, configuration.WEIGHED, error)
     configuration.check_parts(sizes, hub_id)
     described = [
         name for name in sizes if name.split("/")[0] in configuration.PARTS and name.endswith((".json", ".txt"))
@@ -36,12 +35,35 @@ def fetch(hub_id: str) -> Path:
     return _fetched(hub_id, [*described, *needed])
 
 
+def fetch_network(hub_id: str) -> Path:
+    """The local snapshot of a repository that is one network of transformers, as CLIP is: its weights in one format.
+
+    What is in the cache is not fetched again, and serves where the hub does not answer. Raises InputError.
+    """
+    try:
+        sizes = _listed(hub_id)
+    except Exception as error:
+        return _cached(hub_id, ("",), error)
+    described = [name for name in sizes if "/" not in name and name.endswith((".json", ".txt"))]
+    folder = _fetched(hub_id, described)
+    needed = _weights(hub_id, folder, "", [name for name in sizes if "/" not in name])
+    _announce(hub_id, {file: sizes[file] for file in needed})
+    return _fetched(hub_id, [*described, *needed])
+
+
+def _listed(hub_id: str) -> dict[str, int]:
+    """Names and bytes of the files of a repository; raises what the hub raises."""
+    listed = HfApi().model_info(hub_id, files_metadata=True).siblings or ()
+    return {file.rfilename: file.size or 0 for file in listed}
+
+
 def _weights(hub_id: str, folder: Path, part: str, names: Collection[str]) -> list[str]:
-    """The files of a part's weights, all of them among `names`."""
-    inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-    chosen = weights.choose(inside, f"{hub_id}: {part}/")
+    """The files of a part's weights, or of those beside all parts (""), all of them among `names`."""
+    inner = f"{part}/" if part else ""
+    inside = [name.removeprefix(inner) for name in names if name.startswith(inner)]
+    chosen = weights.choose(inside, f"{hub_id}: {inner}" if part else hub_id)
     files = weights.shards(folder / part / chosen, inside) if chosen.endswith(".json") else [chosen]
-    return [f"{part}/{file}" for file in files]
+    return [f"{inner}{file}" for file in files]
 
 
 def _announce(hub_id: str, sizes: dict[str, int]) -> None:
@@ -59,8 +81,11 @@ def _fetched(hub_id: str, names: list[str]) -> Path:
         raise InputError(f"model {hub_id!r} cannot be fetched from the hub: {_reason(hub_id, error)}") from None
 
 
-def _cached(hub_id: str, error: Exception) -> Path:
-    """The snapshot in the cache, if it is whole; raises InputError naming what the hub answered."""
+def _cached(hub_id: str, parts: Collection[str], error: Exception) -> Path:
+    """The snapshot in the cache, if it is whole; raises InputError naming what the hub answered.
+
+    The parts are folders with weights, of a Stable Diffusion, or "" for a network by itself.
+    """
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))  # nosec B615  # from the cache
     except Exception:
@@ -68,8 +93,9 @@ def _cached(hub_id: str, error: Exception) -> Path:
             f"model {hub_id!r} is no directory, and the hub does not give it: {_reason(hub_id, error)}"
         ) from None
     try:
-        configuration.check(folder)
-        for part in configuration.WEIGHED:
+        if "" not in parts:
+            configuration.check(folder)
+        for part in parts:
             weights.files(folder / part)
     except InputError as lack:
         raise InputError(f"{lack} (in the cache; the hub does not answer: {_reason(hub_id, error)})") from None

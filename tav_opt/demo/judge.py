@@ -1,4 +1,4 @@
-"""What the demo's edits are judged by: its own dual encoder and locator, and the paper's metrics (section 4.2)."""
+"""What the demo's edits are judged by: its own dual encoder and locator."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional
-from transformers import CLIPModel, CLIPTokenizer
 
 from tav_opt.config import InputError
 from tav_opt.demo.locator import Locator
-from tav_opt.demo.text import TOKENS
 from tav_opt.demo.training import to_unit
+from tav_opt.metrics.clip_encoder import ClipEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """The demo's dual encoder (not CLIP: it knows the demo's world alone) and its locator."""
 
-    clip: CLIPModel
-    tokenizer: CLIPTokenizer
+    encoder: ClipEncoder
     locator: Locator
 
     @classmethod
@@ -35,42 +31,16 @@ class Judge:
                 raise InputError(f"{package / part} does not exist: python -m tav_opt.demo.train makes it")
         locator = Locator()
         locator.load_state_dict(load_file(package / "locator" / "model.safetensors"))
-        folder = package / "clip_model"
-        clip = CLIPModel.from_pretrained(folder).eval()  # nosec B615  # a folder of ours
-        tokenizer = CLIPTokenizer.from_pretrained(folder)  # nosec B615  # the same
-        return cls(clip=clip, tokenizer=tokenizer, locator=locator)
-
-    @torch.no_grad()
-    def embed_images(self, images: np.ndarray) -> Tensor:
-        """uint8 pictures (n, H, W, 3) → unit vectors (n, width)."""
-        pooled = self.clip.vision_model(to_unit(images))[1]
-        return functional.normalize(self.clip.visual_projection(pooled), dim=-1)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts → unit vectors (texts, width)."""
-        options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-        pooled = self.clip.text_model(self.tokenizer(list(texts), **options).input_ids)[1]
-        return functional.normalize(self.clip.text_projection(pooled), dim=-1)
+        return cls(encoder=ClipEncoder.open(package / "clip_model"), locator=locator)
 
     def classify(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         """For each picture the position of the text nearest to it."""
-        return (self.embed_images(images) @ self.embed_texts(texts).T).argmax(1).numpy()
+        return (self.encoder.embed_images(images) @ self.encoder.embed_texts(texts).T).argmax(1).numpy()
 
     @torch.no_grad()
     def track(self, frames: np.ndarray) -> np.ndarray:
         """The subject's middle in each frame (f, 2), x and y in pixels."""
         return self.locator(to_unit(frames)).numpy()
-
-    def frame_consistency(self, frames: np.ndarray) -> float:
-        """Mean cosine of the image embeddings over all pairs of frames."""
-        embedded = self.embed_images(frames)
-        above = torch.triu_indices(len(frames), len(frames), 1)
-        return float((embedded @ embedded.T)[above[0], above[1]].mean())
-
-    def textual_alignment(self, frames: np.ndarray, prompt: str) -> float:
-        """Mean cosine of frames and prompt."""
-        return float((self.embed_images(frames) @ self.embed_texts([prompt]).T).mean())
 
 
 def track_correlation(track: np.ndarray, source: np.ndarray) -> float:

@@ -127,16 +127,17 @@ def images(folder: Path, limits: Limits) -> Iterator[Shown]:
     if not paths:
         raise InputError(f"{folder} holds no images ({' '.join(sorted(IMAGES))})")
     for index, path in enumerate(paths):
+        yield Shown(index / FOLDER_FPS, 1 / FOLDER_FPS, partial(still, path, limits))
 
-        def picture(path: Path = path) -> Image.Image:
-            try:
-                with Image.open(path) as image:
-                    _check_pixels(str(path), *image.size, limits)
-                    return _on_white(ImageOps.exif_transpose(_eight_bits(image, str(path))))
-            except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-                raise InputError(f"{path} is not a whole image: {error}") from None
 
-        yield Shown(index / FOLDER_FPS, 1 / FOLDER_FPS, picture)
+def still(path: Path, limits: Limits) -> Image.Image:
+    """One picture of a file, RGB; raises InputError where it is none."""
+    try:
+        with Image.open(path) as image:
+            _check_pixels(str(path), *image.size, limits)
+            return _on_white(ImageOps.exif_transpose(_eight_bits(image, str(path))))
+    except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a whole image: {error}") from None
 
 
 def _webp(file: IO[bytes], name: str, limits: Limits) -> Iterator[Shown]:
