@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tav_opt.kernels import naive
 from tav_opt.kernels.inputs import on_kernel
-from tav_opt.kernels.op import register
+from tav_opt.kernels.op import Gradients, register, register_backward
 
 
 def fits(x: Tensor, frames: int) -> bool:
@@ -23,7 +23,19 @@ def _launch(*inputs: Any, **options: Any) -> Tensor:
     return launch(*inputs, **options)
 
 
-register("temporal_attention", naive.temporal_attention, _launch, fits)
+def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+    from tav_opt.kernels.temporal_backward import launch
+
+    with torch.cuda.device_of(q):
+        return launch(grad, q, k, v, frames, heads)
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+    return torch.ops.tav_opt.temporal_attention_backward(grad, q, k, v, frames, heads)
+
+
+register_backward("temporal_attention_backward", _run_backward)
+register("temporal_attention", naive.temporal_attention, _launch, fits, _backward)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tile sizes of the sparse-causal kernels by architecture, head width and n, from tiles.json, which autotuning writes."""
+"""Tile sizes of the sparse-causal kernels by architecture, head width and n; autotuning writes tiles.json."""
 
 from __future__ import annotations
 
