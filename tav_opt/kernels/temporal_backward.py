@@ -90,9 +90,7 @@ def temporal_backward_kernel(
         store_rows(dv, b_dv1.to(dv.dtype.element_ty), o_out, o_1, m_row, WIDTH)
 
 
-def launch(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (b f) n c from that of the result; contiguous, the same bits every time."""
     width = check_launch(q, k, v, heads)
     bf, n, _ = q.shape
