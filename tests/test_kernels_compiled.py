@@ -37,6 +37,7 @@ CASES = [
         for n, dtype, small in ((4096, HALF, True), (4000, HALF, False), (64, HALF, False), (4000, SINGLE, False))
     ),
 ]
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program may take
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
 
 
@@ -69,7 +70,7 @@ def check(launch: aot.Launch, arch: int, dtype: torch.dtype, rows: int = 64) -> 
         assert found, f"no {name} on sm_{arch}"
     assert parameters(code.ptx, code.entry) == ["u64"] * 3 + ["u32"] * len(launch.scalars) + ["u64"]
     assert ".loc" not in code.ptx and ".file" not in code.ptx, "line information would carry paths into engines"
-    assert code.shared <= {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[arch] * 1024
+    assert code.shared <= SHARED[arch] * 1024
 
 
 @pytest.mark.parametrize("arch, width, n, dtype, small", CASES)

@@ -54,7 +54,7 @@ def register(
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        differentiated = backward if kernel_fits(q, ctx.frames) else partial(_through, twin)
+        differentiated = backward if kernel_fits(q, ctx.frames) else partial(through, twin)
         return *differentiated(grad, q, k, v, ctx.frames, ctx.heads), None, None
 
     op = torch.library.custom_op(f"tav_opt::{name}", run, mutates_args=())
@@ -68,7 +68,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(q, k, v)
 
 
-def _through(twin: Attention, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+def through(twin: Attention, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+    """The gradients by way of the naive twin, computed again."""
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         out = twin(q, k, v, frames, heads)

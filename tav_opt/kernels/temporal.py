@@ -9,12 +9,18 @@ from torch import Tensor
 
 from tav_opt.kernels import naive
 from tav_opt.kernels.inputs import on_kernel
-from tav_opt.kernels.op import Gradients, register, register_backward
+from tav_opt.kernels.op import Gradients, register, register_backward, through
 
 
 def fits(x: Tensor, frames: int) -> bool:
     """Whether all frames of a pixel are one tile of the kernel: 128 in half precision, 32 in float32."""
     return frames <= (128 if x.element_size() == 2 else 32)
+
+
+def backward_fits(x: Tensor, frames: int, heads: int) -> bool:
+    """Whether a tile of all frames leaves room for both directions: 8192 values a head in half precision."""
+    rows = 1 << (frames - 1).bit_length()
+    return rows <= 64 and rows * (x.shape[2] // heads) <= (8192 if x.element_size() == 2 else 4096)
 
 
 def _launch(*inputs: Any, **options: Any) -> Tensor:
@@ -31,6 +37,8 @@ def _run_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, he
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+    if not backward_fits(q, frames, heads):
+        return through(naive.temporal_attention, grad, q, k, v, frames, heads)
     return torch.ops.tav_opt.temporal_attention_backward(grad, q, k, v, frames, heads)
 
 

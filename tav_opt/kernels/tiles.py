@@ -67,9 +67,8 @@ TABLE = read()
 SMALL = {80: Tile(64, 32, 4, 2), 192: Tile(64, 16, 4, 2), 256: Tile(32, 16, 4, 1)}
 # float32 runs on the plain units, exactly as PyTorch's default does; these keep within 48 KB and do not spill.
 FLOAT32 = {128: Tile(32, 32, 8, 1), 160: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-# The backward on cards that the table does not know.
-SMALL_BACKWARD = {256: Tile(32, 32, 4, 1)}
-FLOAT32_BACKWARD = {256: Tile(16, 16, 4, 1)}
+# Those of the backward's two kernels, in float32 and on cards before the table's first.
+BACKWARD = (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1))
 
 
 def architecture(x: Tensor) -> int:
@@ -94,10 +93,9 @@ def backward_tiles(arch: int, n: int, width: int, itemsize: int) -> tuple[Tile, 
     """The tiles of the kernels for the gradients of q, and of k and v."""
     kernels = [TABLE.tiles[kernel] for kernel in KERNELS[1:]]
     if itemsize == 4 or arch < kernels[0][0].architecture:
-        tile = _narrowest(FLOAT32_BACKWARD if itemsize == 4 else SMALL_BACKWARD, width)
-        return tile, tile
+        return BACKWARD
     of_queries, of_keys = (_known(rows, arch, n, width) for rows in kernels)
-    return of_queries, of_keys
+    return _fit(of_queries, n), of_keys
 
 
 def backward_of(arch: int) -> str:
