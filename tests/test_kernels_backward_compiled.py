@@ -1,4 +1,4 @@
-"""The backward's kernels compiled without a GPU: no spills, matrix instructions, and shared memory that the card has."""
+"""The backward's kernels compiled without a GPU: no spills, matrix instructions, shared memory that a card has."""
 
 from __future__ import annotations
 

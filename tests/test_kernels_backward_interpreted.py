@@ -10,12 +10,13 @@ from test_kernels import Both, truth
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton.language")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from test_kernels_interpreted import BOTH, inputs, poisoned_allocations, products_of_bfloat16  # noqa: F401
 
-from tav_opt.kernels import flash_backward, sparse_causal_backward, sparse_causal_kernel, tiles
+from tav_opt.kernels import autotune, flash_backward, sparse_causal_backward, sparse_causal_kernel, tiles
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 from tav_opt.kernels.tiles import Tile
@@ -253,3 +254,17 @@ def test_long_clips_have_the_twins_gradients():
     grad = gradient(q)
     sizes = 33, 1, temporal_attention
     assert largest(found(q, k, v, grad, *sizes), expected(q, k, v, grad, *sizes)) < 5e-6
+
+
+def test_autotuning_compares_every_kernel_with_the_twin(monkeypatch):
+    """What it would time: with any tile each kernel, and each backward, gives the twin's numbers."""
+    monkeypatch.setattr(autotune, "FRAMES", 3)
+    monkeypatch.setattr(autotune, "HEADS", 1)
+    monkeypatch.setattr(autotune, "CLIPS", 1)
+    torch.manual_seed(0)
+    tried, tile = autotune.trials(16, 40, "cpu"), Tile(32, 16, 4, 1)
+    assert set(tried.kernels) == set(tiles.KERNELS) == set(autotune.CANDIDATES)
+    for trial in tried.kernels.values():
+        assert autotune.difference(trial.run(tile), trial.truth) < autotune.ALLOWED / 2
+    for results in (tried.ours(tile, tile), tried.flash()):
+        assert autotune.difference(results, tried.truth) < autotune.ALLOWED / 2

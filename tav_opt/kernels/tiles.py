@@ -105,9 +105,9 @@ def backward_of(arch: int) -> str:
 
 
 def _known(rows: Sequence[Row], arch: int, n: int, width: int) -> Tile:
-    known = max(row.architecture for row in rows if row.architecture <= arch)
-    fitting = [row for row in rows if row.architecture == known and row.width >= width and row.n <= n]
-    return min(fitting, key=lambda row: (row.width, -row.n)).tile
+    """The row of the newest architecture that has one for this width and n: the first of all has every width."""
+    fitting = [row for row in rows if row.architecture <= arch and row.width >= width and row.n <= n]
+    return min(fitting, key=lambda row: (-row.architecture, row.width, -row.n)).tile
 
 
 def _narrowest(table: dict[int, Tile], width: int) -> Tile:
