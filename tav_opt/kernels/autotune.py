@@ -63,9 +63,7 @@ def trials(width: int, n: int, device: str = "cuda") -> Trials:
     """Random tensors in fp16, with the naive twin's result and gradients in float32 for the truth."""
     size = (CLIPS * FRAMES, n, HEADS * width)
     q, k, v, grad = (torch.randn(size, device=device, dtype=torch.float16) for _ in range(4))
-    leaves = [x.float().requires_grad_() for x in (q, k, v)]
-    exact = naive.sparse_causal_attention(*leaves, FRAMES, HEADS)
-    dq, dk, dv = torch.autograd.grad(exact, leaves, grad.float())
+    exact, (dq, dk, dv) = exactly(q, k, v, grad)
     out, lse = launch_with_lse(q, k, v, FRAMES, HEADS)
     delta = (out.float() * grad.float()).unflatten(2, (HEADS, width)).sum(3).transpose(1, 2).contiguous()
 
@@ -73,7 +71,7 @@ def trials(width: int, n: int, device: str = "cuda") -> Trials:
         return [backward.query_gradients(grad, q, k, v, out, lse, torch.empty_like(lse), FRAMES, HEADS, tile)]
 
     kernels = {
-        "forward": Trial(lambda tile: [launch(q, k, v, FRAMES, HEADS, tile=tile)], [exact.detach()]),
+        "forward": Trial(lambda tile: [launch(q, k, v, FRAMES, HEADS, tile=tile)], [exact]),
         "query_gradients": Trial(of_queries, [dq]),
         "key_gradients": Trial(
             lambda tile: backward.key_gradients(grad, q, k, v, lse, delta, FRAMES, HEADS, tile), [dk, dv]
@@ -85,6 +83,13 @@ def trials(width: int, n: int, device: str = "cuda") -> Trials:
         lambda: flash_backward.gradients(grad, q, k, v, out, lse, FRAMES, HEADS),
         [dq, dk, dv],
     )
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The naive twin's result and gradients in float32."""
+    q, k, v = (x.float().requires_grad_() for x in (q, k, v))
+    out = naive.sparse_causal_attention(q, k, v, FRAMES, HEADS)
+    return out.detach(), torch.autograd.grad(out, (q, k, v), grad.float())
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -26,11 +26,11 @@ def gradients(
 
     Memory linear in n. On CUDA the same bits every time under `torch.use_deterministic_algorithms` alone.
     """
-    results = tuple(torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq_all, dk_all, dv_all = (torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     lse = lse.unflatten(0, (-1, frames))  # b f heads n
     grad, q, k, v, out, dq, dk, dv = (
         split_heads(x.unflatten(0, (-1, frames)), heads)  # (b f) n (heads d) → b f heads n d
-        for x in (grad, q, k, v, out, *results)
+        for x in (grad, q, k, v, out, dq_all, dk_all, dv_all)
     )
     # Every frame reads frame 0: the frames fold into the queries of one call, b heads (f n) d.
     queries = (x.transpose(1, 2).flatten(2, 3) for x in (grad, q, out, lse))
@@ -38,10 +38,10 @@ def gradients(
     dq.copy_(part.unflatten(2, (frames, -1)).transpose(1, 2))
     if frames > 2:  # frames 0 and 1 have no previous frame other than frame 0; no frame reads the last one
         queries = (x[:, 2:].flatten(0, 1) for x in (grad, q, out, lse))
-        parts = _flash(*queries, *(x[:, 1:-1].flatten(0, 1) for x in (k, v)))
+        parts = _flash(*queries, k[:, 1:-1].flatten(0, 1), v[:, 1:-1].flatten(0, 1))
         part, dk[:, 1:-1], dv[:, 1:-1] = (x.unflatten(0, (-1, frames - 2)) for x in parts)
         dq[:, 2:] += part
-    return results
+    return dq_all, dk_all, dv_all
 
 
 def _flash(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Gradients:

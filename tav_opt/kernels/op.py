@@ -73,7 +73,8 @@ def through(twin: Attention, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, fram
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         out = twin(q, k, v, frames, heads)
-    return torch.autograd.grad(out, (q, k, v), grad)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    return dq, dk, dv
 
 
 def register_backward(name: str, run: Callable[..., Gradients]) -> None:

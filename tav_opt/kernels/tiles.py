@@ -45,7 +45,10 @@ class Table(NamedTuple):
 def read(path: Path = PATH) -> Table:
     """The table of a file that `text` wrote."""
     value = json.loads(path.read_text(encoding="utf-8"))
-    tiles = {kernel: [Row(*row[:3], Tile(*row[3]), row[4]) for row in value[kernel]] for kernel in KERNELS}
+    tiles = {
+        kernel: [Row(arch, width, n, Tile(*tile), reason) for arch, width, n, tile, reason in value[kernel]]
+        for kernel in KERNELS
+    }
     backward = {int(arch): name for arch, name in value["backward"].items()}
     assert set(backward.values()) <= set(BACKWARDS), backward
     return Table(tiles, backward)
