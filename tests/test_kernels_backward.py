@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_kernels import inputs, truth
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tav_opt.config import InputError
 from tav_opt.kernels import flash_backward, tiles
@@ -64,6 +65,16 @@ def test_two_calls_take_half_precision_and_widths_of_eight():
     half, single = torch.empty(1, 1, 80, dtype=torch.float16), torch.empty(1, 1, 80)
     assert flash_backward.fits(half, 2) and not flash_backward.fits(single, 2)
     assert not flash_backward.fits(half, 4), "heads 20 wide"
+
+
+def test_the_call_on_cuda_is_one_that_pytorch_takes():
+    """Its arguments alone: tensors on a card in name."""
+    with FakeTensorMode():
+        grad, q, out = (torch.empty(2, 3, 96, 40, device="cuda", dtype=torch.float16) for _ in range(3))
+        k, v = (torch.empty(2, 3, 32, 40, device="cuda", dtype=torch.float16) for _ in range(2))
+        found = flash_backward._flash([grad, q, out, torch.empty(2, 3, 96, device="cuda")], k, v)
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+    assert {x.device.type for x in found} == {"cuda"}
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

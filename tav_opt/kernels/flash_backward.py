@@ -33,25 +33,25 @@ def gradients(
         for x in (grad, q, k, v, out, dq_all, dk_all, dv_all)
     )
     # Every frame reads frame 0: the frames fold into the queries of one call, b heads (f n) d.
-    queries = (x.transpose(1, 2).flatten(2, 3) for x in (grad, q, out, lse))
-    part, dk[:, 0], dv[:, 0] = _flash(*queries, k[:, 0], v[:, 0])
+    queries = [x.transpose(1, 2).flatten(2, 3) for x in (grad, q, out, lse)]
+    part, dk[:, 0], dv[:, 0] = _flash(queries, k[:, 0], v[:, 0])
     dq.copy_(part.unflatten(2, (frames, -1)).transpose(1, 2))
     if frames > 2:  # frames 0 and 1 have no previous frame other than frame 0; no frame reads the last one
-        queries = (x[:, 2:].flatten(0, 1) for x in (grad, q, out, lse))
-        parts = _flash(*queries, k[:, 1:-1].flatten(0, 1), v[:, 1:-1].flatten(0, 1))
+        queries = [x[:, 2:].flatten(0, 1) for x in (grad, q, out, lse)]
+        parts = _flash(queries, k[:, 1:-1].flatten(0, 1), v[:, 1:-1].flatten(0, 1))
         part, dk[:, 1:-1], dv[:, 1:-1] = (x.unflatten(0, (-1, frames - 2)) for x in parts)
         dq[:, 2:] += part
     return dq_all, dk_all, dv_all
 
 
-def _flash(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    """PyTorch's flash backward of b heads n d, without dropout or mask."""
+def _flash(queries: list[Tensor], k: Tensor, v: Tensor) -> Gradients:
+    """PyTorch's flash backward of b heads n d, without dropout or mask; `queries` are grad, q, out and lse."""
+    grad, q, out, lse = queries
     aten, lse = torch.ops.aten, lse.contiguous()
     if not q.is_cuda:
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, False)
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the seed and offset of dropout
+    # Sequences of one length have no cumulated lengths; without dropout its seed and offset are not read.
+    seed, offset = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))
     backward = aten._scaled_dot_product_flash_attention_backward
-    return backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, torch.empty_like(unused[0])
-    )
+    return backward(grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, seed, offset)
