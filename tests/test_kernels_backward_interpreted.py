@@ -22,7 +22,7 @@ from tav_opt.kernels.temporal import temporal_attention
 from tav_opt.kernels.tiles import Tile
 
 OPS = torch.ops.tav_opt
-FRAMES, TOKENS, WIDTHS = (1, 2, 3, 5), (1, 17, 33, 64), (8, 40, 80, 160)
+FRAMES, TOKENS, WIDTHS = (1, 2, 3, 5), (1, 17, 32, 33), (8, 40, 80, 160)
 # A Latin square: every pair of values of any two of the three occurs; the batch alternates.
 PAIRWISE = [(1 + (i + j) % 2, FRAMES[i], TOKENS[j], 1, WIDTHS[(i + j) % 4]) for i in range(4) for j in range(4)]
 SHAPES = [*PAIRWISE, (1, 3, 9, 3, 20), (1, 3, 10, 1, 256)]
@@ -85,7 +85,7 @@ def test_the_log_sum_exp_is_that_of_one_copy_of_frame_0_for_frames_0_and_1(shape
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 32, 4, 1), Tile(64, 16, 4, 2), Tile(32, 64, 8, 2)], ids=str)
-@pytest.mark.parametrize("n", [64, 50])
+@pytest.mark.parametrize("n", [64, 37])
 def test_every_tile_gives_the_same_gradients(tile, n):
     q, k, v = inputs(1, 3, n, 1, 40)
     grad = gradient(q)
@@ -169,6 +169,19 @@ def test_extreme_logits(attention):
     results = found(q, k, v, grad, 3, 1, attention)
     assert all(x.isfinite().all() for x in results)
     assert (results[2] - expected(q, k, v, grad, 3, 1, attention)[2]).abs().max() < 2e-2
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # in rows that are never stored
+def test_scores_all_far_below_zero(attention):
+    """Where a weight of a score of zero, as of rows past the frame's end, would be infinite."""
+    q, k, v = inputs(1, 3, 20, 1, 40)
+    q.abs_().mul_(8), k.abs_().mul_(-8)
+    grad = gradient(q)
+    assert (q[0] @ k[0].T / 40**0.5).max() < -100
+    results, exact = found(q, k, v, grad, 3, 1, attention), expected(q, k, v, grad, 3, 1, attention)
+    for a, b in zip(results, exact, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-3
 
 
 def test_no_log_sum_exp_without_gradients(monkeypatch):

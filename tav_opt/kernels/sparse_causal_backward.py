@@ -99,7 +99,7 @@ def query_gradients_kernel(
             b_v1 = load_rows(p_v, o_k * v_token, o_1, m_k, WIDTH, EVEN, FULL_REST)
             b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision="ieee")
             b_dp = tl.dot(b_g1, tl.trans(b_v1), b_dp, input_precision="ieee")
-        if not EVEN:
+        if not EVEN:  # where all scores are far below zero, that of a key past the frame's end is infinite beside them
             b_s = tl.where(m_k[None, :], b_s, float("-inf"))
         b_p = tl.exp2(b_s * SCALE - b_lse[:, None])
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(k.dtype.element_ty)
@@ -194,8 +194,8 @@ def key_gradients_kernel(
             b_g1 = load_rows(p_g, o_q * width, o_1, m_q, WIDTH, EVEN, FULL_REST)
             b_s = tl.dot(b_k1, tl.trans(b_q1), b_s, input_precision="ieee")
             b_dp = tl.dot(b_v1, tl.trans(b_g1), b_dp, input_precision="ieee")
-        # A query past the frame's end weighs nothing; a key past it fills a row of its own, which is not stored.
-        b_lse = tl.load(lse + at + o_q, mask=m_q, other=float("inf")) * 1.4426950408889634  # log2 e
+        # A query past the frame's end is of zeros, and adds zeros; a key past it has a row of its own, never stored.
+        b_lse = tl.load(lse + at + o_q, mask=m_q, other=0.0) * 1.4426950408889634  # log2 e
         b_delta = tl.load(delta + at + o_q, mask=m_q, other=0.0)
         b_p = tl.exp2(b_s * SCALE - b_lse[None, :])
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(q.dtype.element_ty)
