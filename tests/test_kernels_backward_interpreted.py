@@ -71,7 +71,7 @@ def kept(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> tuple[Tens
     return sparse_causal_kernel.launch_with_lse(q, k, v, frames, heads)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 33, 2, 40), (1, 2, 16, 1, 16), (1, 1, 5, 1, 80)], ids=of_names)
+@pytest.mark.parametrize("shape", [(2, 3, 33, 1, 40), (1, 2, 16, 1, 16), (1, 1, 5, 1, 80)], ids=of_names)
 def test_the_log_sum_exp_is_that_of_one_copy_of_frame_0_for_frames_0_and_1(shape):
     b, f, n, heads, d = shape
     q, k, v = inputs(*shape)
@@ -108,20 +108,20 @@ def test_the_same_bits_twice(attention):
 @pytest.mark.parametrize("frames_at_once", [1, 2, 4])
 def test_partial_sums_keep_to_their_bytes(frames_at_once, monkeypatch):
     """Five frames in groups of one, two, four and what is left: the first group has no previous frames at one."""
-    b, f, n, c = 2, 5, 9, 16
+    b, f, n, c = 2, 5, 9, 8
     sizes, plain = [], torch.empty
 
     def empty(*shape, **options):
         sizes.append(torch.Size(shape[0] if len(shape) == 1 else shape).numel() * 4)
         return plain(*shape, **options)
 
-    q, k, v = inputs(b, f, n, 2, 8)
-    grad, (out, lse) = gradient(q), kept(q, k, v, f, 2)
+    q, k, v = inputs(b, f, n, 1, 8)
+    grad, (out, lse) = gradient(q), kept(q, k, v, f, 1)
     monkeypatch.setattr(sparse_causal_backward, "PARTIALS", 8 * b * n * c * frames_at_once + 7)
     with monkeypatch.context() as patch:
         patch.setattr(sparse_causal_backward.torch, "empty", empty)
-        results = sparse_causal_backward.launch(grad, q, k, v, out, lse, f, 2)
-    assert largest(results, expected(q, k, v, grad, f, 2, sparse_causal_attention)) < 5e-6
+        results = sparse_causal_backward.launch(grad, q, k, v, out, lse, f, 1)
+    assert largest(results, expected(q, k, v, grad, f, 1, sparse_causal_attention)) < 5e-6
     partials = [size for size in sizes if size != q.numel() * 4]  # beside dq, dk, dv
     assert len(partials) == -(-f // frames_at_once) and max(partials) == 8 * b * n * c * frames_at_once
 
@@ -227,20 +227,20 @@ def test_the_table_chooses_the_backward(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sparse_causal_attention", "sparse_causal_attention_with_lse", "temporal_attention"])
 def test_opcheck(name):
-    q, k, v = (x.detach().clone().requires_grad_() for x in inputs(2, 3, 6, 2, 4))
-    torch.library.opcheck(getattr(OPS, name).default, (q, k, v, 3, 2))
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs(1, 2, 3, 1, 4))
+    torch.library.opcheck(getattr(OPS, name).default, (q, k, v, 2, 1))
 
 
 def test_opcheck_of_the_backwards():
-    q, k, v = (x.clone() for x in inputs(2, 3, 6, 2, 4))
-    grad, (out, lse) = torch.randn(q.shape), kept(q, k, v, 3, 2)
-    torch.library.opcheck(OPS.sparse_causal_attention_backward.default, (grad, q, k, v, out, lse, 3, 2))
-    torch.library.opcheck(OPS.temporal_attention_backward.default, (grad, q, k, v, 3, 2))
+    q, k, v = (x.clone() for x in inputs(1, 2, 3, 1, 4))
+    grad, (out, lse) = torch.randn(q.shape), kept(q, k, v, 2, 1)
+    torch.library.opcheck(OPS.sparse_causal_attention_backward.default, (grad, q, k, v, out, lse, 2, 1))
+    torch.library.opcheck(OPS.temporal_attention_backward.default, (grad, q, k, v, 2, 1))
 
 
 def test_compile_traces_the_whole_forward_and_backward():
     compiled = torch.compile(Both(), backend="aot_eager", fullgraph=True)
-    x = torch.randn(6, 5, 8, requires_grad=True)
+    x = torch.randn(3, 5, 8, requires_grad=True)
     (ours,) = torch.autograd.grad(compiled(x).square().sum(), x)
     (eager,) = torch.autograd.grad(Both()(x).square().sum(), x)
     assert torch.allclose(ours, eager, rtol=1e-4, atol=1e-4)
