@@ -153,6 +153,16 @@ def test_autotuning_says_when_nothing_runs():
         )
 
 
+def test_autotuning_keeps_what_it_has_of_a_kernel_that_never_runs(capsys):
+    measured = Measured()
+    good, bad = measured.trial, measured.trial._replace(run=lambda tile: measured.run(tile._replace(queries=1)))
+    tried = measured.autotune.Trials({"forward": bad, "query_gradients": good}, lambda *_: [], lambda: [], [])
+    found = measured.autotune.rows(90, 40, 64, "a card", tried, measured.milliseconds)
+    assert set(found) == {"query_gradients"} and found["query_gradients"].reason.endswith("at f = 24 on a card")
+    assert max(found["query_gradients"].tile[:2]) <= 64, "no more rows than a frame has tokens"
+    assert "width 40, n 64: forward: none of" in capsys.readouterr().err
+
+
 def test_autotuning_replaces_the_rows_it_measured_and_no_others(tmp_path):
     autotune = Measured().autotune
     new = {
