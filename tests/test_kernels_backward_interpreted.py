@@ -261,12 +261,13 @@ def test_exports_know_the_one_op_even_with_gradients():
     assert OPS.sparse_causal_attention_with_lse.default not in targets
 
 
-def test_long_clips_have_the_twins_gradients():
-    """33 frames in float32 do not fit one tile."""
-    q, k, v = inputs(1, 33, 2, 1, 8)
+@pytest.mark.parametrize("frames, dtype, tolerance", [(33, torch.float32, 5e-6), (70, torch.float16, 4e-3)])
+def test_long_clips_have_the_twins_gradients(frames, dtype, tolerance):
+    """33 frames in float32 do not fit one tile of the forward, 70 in half precision none of the backward."""
+    q, k, v = inputs(1, frames, 2, 1, 8, dtype)
     grad = gradient(q)
-    sizes = 33, 1, temporal_attention
-    assert largest(found(q, k, v, grad, *sizes), expected(q, k, v, grad, *sizes)) < 5e-6
+    sizes = frames, 1, temporal_attention
+    assert largest(found(q, k, v, grad, *sizes), expected(q, k, v, grad, *sizes)) < tolerance
 
 
 def test_autotuning_compares_every_kernel_with_the_twin(monkeypatch):

@@ -24,7 +24,8 @@ def gradients(
 ) -> Gradients:
     """Gradients of q, k, v (b f) n c from that of `out`, with `lse` (b f) heads n of both frames' keys; contiguous.
 
-    Memory linear in n. On CUDA the same bits every time under `torch.use_deterministic_algorithms` alone.
+    Memory linear in n. On CUDA the same bits every time under `torch.use_deterministic_algorithms(True)`
+    alone; with `warn_only` too they differ.
     """
     dq_all, dk_all, dv_all = (torch.zeros(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     lse = lse.unflatten(0, (-1, frames))  # b f heads n
