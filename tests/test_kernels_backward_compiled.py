@@ -40,12 +40,15 @@ CASES = [
 ]
 
 
-def compiled(name: str, n: int, width: int, dtype: torch.dtype, arch: int, constexprs: dict, tile: Tile) -> aot.Ptx:
-    """One of KERNELS as a launch with contiguous tensors of eight heads compiles it."""
+def compiled(
+    name: str, n: int, width: int, dtype: torch.dtype, arch: int, constexprs: dict, tile: Tile, cut: int = 0
+) -> aot.Ptx:
+    """One of KERNELS as a launch with contiguous tensors of eight heads compiles it; `cut` integers are constants."""
     kernel, parameters = KERNELS[name]
+    parameters = [p for i, p in enumerate(parameters) if p == "u64" or i >= parameters.index("u32") + cut]
     sizes = {"frames": 24, "start": 0, "group": 24, "n": n} | aot._strides(n, 8 * width)
     signature = {}
-    for argument in set(kernel.arg_names) - set(constexprs):
+    for argument in (name for name in kernel.arg_names if name not in constexprs):
         if argument in sizes:
             signature[argument] = "i32" if sizes[argument] % 16 else "i32:16"
         else:
@@ -90,6 +93,16 @@ def test_temporal(arch, frames, width, dtype):
     constexprs = temporal_kernel.constants(width, frames) | {"ROWS": rows}
     tile = Tile(rows, rows, temporal_backward.WARPS, 1)
     check(compiled("temporal", 64, width, dtype, arch, constexprs, tile), arch, dtype, rows)
+
+
+@pytest.mark.parametrize(
+    "name, ones", [("queries", ("n", "frames")), ("keys", ("n", "frames", "group")), ("keys", ("start", "group"))]
+)
+def test_arguments_of_one_are_constants(name, ones):
+    """Which Triton makes of them at a launch."""
+    n, tile = 1 if "n" in ones else 64, Tile(64, 64, 8, 2)
+    constexprs = constants(40, n, tile) | dict.fromkeys(ones, 1)
+    compiled(name, n, 40, HALF, 90, constexprs, tile, cut=len(ones))
 
 
 @pytest.mark.parametrize("n", [1, 64, 4096, 100000])
