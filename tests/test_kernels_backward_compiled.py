@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from test_kernels_compiled import BRAIN, FULL, HALF, SD, SHARED, SINGLE, WIDTHS, instructions, matrix_instruction
 
 from tav_opt.kernels import aot, sparse_causal_backward, temporal_backward, temporal_kernel
+from tav_opt.kernels.inputs import temporal_backward_rows
 from tav_opt.kernels.sparse_causal_kernel import constants
 from tav_opt.kernels.temporal import backward_fits
 from tav_opt.kernels.tiles import Tile, backward_tiles
@@ -81,7 +82,7 @@ def test_sparse_causal(arch, width, n, dtype):
     + [
         pytest.param(arch, frames, width, dtype, marks=FULL)
         for arch in aot.ARCHITECTURES
-        for frames in (24, 64)
+        for frames in (8, 24, 64)
         for width in WIDTHS
         for dtype in (HALF, SINGLE)
     ],
@@ -89,9 +90,9 @@ def test_sparse_causal(arch, width, n, dtype):
 def test_temporal(arch, frames, width, dtype):
     if not backward_fits(torch.empty(1, 1, 8 * width, dtype=dtype), frames, 8):
         pytest.skip("takes the twin's gradients")
-    rows = temporal_backward.tile_rows(frames, dtype.itemsize)
+    rows = temporal_backward_rows(frames, dtype.itemsize)
     constexprs = temporal_kernel.constants(width, frames) | {"ROWS": rows}
-    tile = Tile(rows, rows, temporal_backward.WARPS, 1)
+    tile = Tile(rows, rows, temporal_backward.warps(rows, dtype.itemsize), 1)
     check(compiled("temporal", 64, width, dtype, arch, constexprs, tile), arch, dtype, rows)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tav_opt.kernels import naive
-from tav_opt.kernels.inputs import on_kernel
+from tav_opt.kernels.inputs import on_kernel, temporal_backward_rows
 from tav_opt.kernels.op import Gradients, register, register_backward, through
 
 
@@ -18,9 +18,9 @@ def fits(x: Tensor, frames: int) -> bool:
 
 
 def backward_fits(x: Tensor, frames: int, heads: int) -> bool:
-    """Whether a tile of all frames leaves room for both directions: 8192 values a head in half precision."""
-    rows = 1 << (frames - 1).bit_length()
-    return rows <= 64 and rows * (x.shape[2] // heads) <= (8192 if x.element_size() == 2 else 4096)
+    """Whether both directions of a tile of all frames stay in registers: 8192 values in half precision, or 2048."""
+    rows = temporal_backward_rows(frames, x.element_size())
+    return rows <= 64 and rows * (x.shape[2] // heads) <= (8192 if x.element_size() == 2 else 2048)
 
 
 def _launch(*inputs: Any, **options: Any) -> Tensor:

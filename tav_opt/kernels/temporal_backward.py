@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tav_opt.kernels.inputs import check_launch
+from tav_opt.kernels.inputs import check_launch, temporal_backward_rows
 from tav_opt.kernels.sparse_causal_kernel import load_rows, store_rows
 from tav_opt.kernels.temporal_kernel import constants
-
-WARPS = 8
 
 
 @triton.jit
@@ -92,9 +90,9 @@ def temporal_backward_kernel(
         store_rows(dv, b_dv1.to(dv.dtype.element_ty), o_out, o_1, m_row, WIDTH)
 
 
-def tile_rows(frames: int, itemsize: int = 2) -> int:
-    """Half of the forward's fewest rows in half precision, 32: there are five products' operands to hold."""
-    return max(32 if itemsize == 2 else 16, triton.next_power_of_2(frames))
+def warps(rows: int, itemsize: int = 2) -> int:
+    """As few as hold the tile in registers."""
+    return 4 if rows <= 32 and itemsize == 2 else 8
 
 
 def launch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,12 +102,12 @@ def launch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: in
     """
     width = check_launch(q, k, v, heads)
     bf, n, _ = q.shape
-    rows = tile_rows(frames, q.element_size())
+    rows = temporal_backward_rows(frames, q.element_size())
     grad = grad.contiguous()
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     temporal_backward_kernel[(heads, triton.cdiv(n, rows // frames), bf // frames)](
         q, k, v, grad, n, *strides, dq, dk, dv,
-        **constants(width, frames) | {"ROWS": rows}, num_warps=WARPS, num_stages=1,
+        **constants(width, frames) | {"ROWS": rows}, num_warps=warps(rows, q.element_size()), num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
