@@ -126,7 +126,7 @@ def sparse_causal(
     code = compile_ptx(
         sparse_causal_kernel.sparse_causal_kernel,
         _signature(dtype, scalars),
-        sparse_causal_kernel.constants(width, n, tile),
+        sparse_causal_kernel.constants(width, n, tile) | {"lse": None},
         arch,
         warps=tile.warps,
         stages=tile.stages,

@@ -31,6 +31,14 @@ def split_width(width: int) -> Split:
     return Split(single, 0) if head + rest >= single else Split(head, rest)
 
 
+def temporal_backward_rows(frames: int, itemsize: int) -> int:
+    """Rows of a tile of the temporal backward, which holds all frames of a pixel.
+
+    In half precision 32 at least, half of what the forward takes: there are the operands of five products to hold.
+    """
+    return max(32 if itemsize == 2 else 16, 1 << (frames - 1).bit_length())
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> None:
     """Raises InputError unless q, k, v are (b f) n c of one shape, dtype and device, and f and the heads divide it."""
     if q.ndim != 3 or not q.shape == k.shape == v.shape:

@@ -1,8 +1,9 @@
-"""An attention as one torch op: its Triton kernel on CUDA, its naive twin elsewhere, a backward through the twin."""
+"""An attention as one torch op: its Triton kernels on CUDA, forward and backward, its naive twin elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ Attention = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 """q, k, v (b f) n c, frames, heads → (b f) n c."""
 Launch = Callable[..., Tensor]
 """As Attention; `traced=True` where a compiler shall see the kernel itself."""
+Gradients = tuple[Tensor, Tensor, Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Gradients]
+"""The result's gradient, q, k, v, frames, heads → the gradients of q, k, v."""
 
 
-def register(name: str, twin: Attention, launch: Launch, fits: Callable[[Tensor, int], bool]) -> None:
+def register(
+    name: str, twin: Attention, launch: Launch, fits: Callable[[Tensor, int], bool], backward: Backward
+) -> None:
     """Registers `tav_opt::<name>`, which runs its kernel where it has one that fits (q, frames).
+
+    Its gradients come from `backward` there, and elsewhere from the naive twin, computed again.
 
     Exporters see the one op. On CUDA, compilers see the kernel inside it and compile it into their program, as for
     `torch.library.triton_op`; that function itself would do so on processors too, and it imports PyTorch's compiler,
@@ -44,9 +52,14 @@ def register(name: str, twin: Attention, launch: Launch, fits: Callable[[Tensor,
         with mode:
             return launch(*args, **(kwargs or {}), traced=True)
 
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        differentiated = backward if kernel_fits(q, ctx.frames) else partial(through, twin)
+        return *differentiated(grad, q, k, v, ctx.frames, ctx.heads), None, None
+
     op = torch.library.custom_op(f"tav_opt::{name}", run, mutates_args=())
     op.register_fake(lambda q, k, v, frames, heads: q.new_empty(q.shape))
-    op.register_autograd(_through(twin), setup_context=_keep_inputs)
+    op.register_autograd(gradients, setup_context=_keep_inputs)
     op.register_torch_dispatch(FunctionalTensorMode, decompose)
 
 
@@ -55,12 +68,16 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(q, k, v)
 
 
-def _through(twin: Attention) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Through the naive twin, computed again."""
-        with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-            out = twin(q, k, v, ctx.frames, ctx.heads)
-        return *torch.autograd.grad(out, (q, k, v), grad), None, None
+def through(twin: Attention, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> Gradients:
+    """The gradients by way of the naive twin, computed again."""
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = twin(q, k, v, frames, heads)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    return dq, dk, dv
 
-    return backward
+
+def register_backward(name: str, run: Callable[..., Gradients]) -> None:
+    """Registers `tav_opt::<name>`, the kernels that compute the gradients of its first q, k, v, opaque to compilers."""
+    op = torch.library.custom_op(f"tav_opt::{name}", run, mutates_args=())
+    op.register_fake(lambda _grad, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -48,6 +50,7 @@ def sparse_causal_kernel(
     v_frame,
     v_token,
     out,  # (b f) n (heads width), contiguous
+    lse,  # (b f) heads n, contiguous float32: the natural logarithm of the sums; None where nothing asks for it
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,  # WIDTH is HEAD and a part of REST
     REST: tl.constexpr,
@@ -115,6 +118,9 @@ def sparse_causal_kernel(
     store_rows(out, (b_o0 * b_share).to(out.dtype.element_ty), o_row, o_0, m_q, WIDTH)
     if REST:
         store_rows(out, (b_o1 * b_share).to(out.dtype.element_ty), o_row, o_1, m_q, WIDTH)
+    if lse is not None:
+        lse += ((first + i_frame) * tl.num_programs(1) + i_head).to(tl.int64) * n
+        tl.store(lse + o_q, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_q)  # ln 2
 
 
 def constants(width: int, n: int, tile: Tile) -> dict[str, int | float | bool]:
@@ -138,14 +144,26 @@ def launch(
 
     `traced`: the call becomes a node of the graph that is being traced, with the kernel and its constants.
     """
+    kernel = torch.library.wrap_triton(sparse_causal_kernel) if traced else sparse_causal_kernel
+    return _run(kernel, q, k, v, frames, heads, None, tile)
+
+
+def launch_with_lse(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int) -> tuple[Tensor, Tensor]:
+    """As `launch`, and the log-sum-exp of each query's scaled scores, float32 (b f) heads n, for the backward."""
+    lse = torch.empty(q.shape[0], heads, q.shape[1], dtype=torch.float32, device=q.device)
+    return _run(sparse_causal_kernel, q, k, v, frames, heads, lse, None), lse
+
+
+def _run(
+    kernel: Any, q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, lse: Tensor | None, tile: Tile | None
+) -> Tensor:
     width = check_launch(q, k, v, heads)
     bf, n, _ = q.shape
     tile = tile or sparse_causal_tile(architecture(q), n, width, q.element_size())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    kernel = torch.library.wrap_triton(sparse_causal_kernel) if traced else sparse_causal_kernel
     kernel[(triton.cdiv(n, tile.queries), heads, bf)](
-        q, k, v, frames, n, *strides, out,
+        q, k, v, frames, n, *strides, out, lse,
         **constants(width, n, tile), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -1,15 +1,23 @@
-"""Tile sizes of the sparse-causal kernel by architecture, head width and n; `autotune.py` rewrites the table."""
+"""Tile sizes of the sparse-causal kernels by architecture, head width and n; autotuning writes tiles.json."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+PATH = Path(__file__).with_name("tiles.json")
+KERNELS = ("forward", "query_gradients", "key_gradients")
+BACKWARDS = ("triton", "flash")
+"""Our kernels, or two calls of PyTorch's (flash_backward.py)."""
+
 
 class Tile(NamedTuple):
-    """One program's tile: rows of queries and of keys, warps, and how many tiles of keys are in flight."""
+    """One program's tile: rows of queries and of keys, warps, and how many tiles of what it reads are in flight."""
 
     queries: int
     keys: int
@@ -27,34 +35,43 @@ class Row(NamedTuple):
     reason: str
 
 
-# Chosen from the compiled code alone where the reason names no card: no spills, most warps on a multiprocessor.
-# fmt: off
-TABLE = (
-    Row(80, 64, 0, Tile(128, 64, 8, 3), "16 warps from two programs; 37 KB, so three stages cost no program"),
-    Row(80, 80, 0, Tile(128, 64, 8, 2), "the accumulator takes 40 to 64 registers; 4 warps would spill on sm_89"),
-    Row(80, 128, 0, Tile(128, 32, 8, 2), "64 keys spill where n is no multiple of them"),
-    Row(80, 160, 0, Tile(64, 32, 4, 2), "two programs; 128 queries spill on sm_86 and sm_89 unless they divide n"),
-    Row(80, 256, 0, Tile(64, 32, 8, 1), "also from 161 on, where 128 queries spill"),
-    Row(90, 64, 0, Tile(128, 64, 8, 2), "100 registers, so two programs overlap; a third stage makes it 132, so one"),
-    Row(90, 128, 0, Tile(128, 64, 8, 3), "123 registers and 82 KB at width 80: two programs"),
-    Row(90, 192, 0, Tile(128, 64, 8, 2), "203 registers: one program, so a second stage is enough"),
-    Row(90, 256, 0, Tile(128, 32, 8, 2), "64 keys spill"),
-    Row(100, 64, 0, Tile(128, 64, 8, 3), "95 registers, 44 KB: two programs"),
-    Row(100, 128, 0, Tile(128, 64, 8, 3), "120 registers and 72 KB at width 80: two programs"),
-    Row(100, 192, 0, Tile(128, 64, 8, 2), "128 keys use all 255 registers"),
-    Row(100, 256, 0, Tile(64, 32, 8, 2), "half the queries of narrower heads, for shared memory"),
-    Row(120, 64, 0, Tile(128, 64, 8, 3), "as sm_80: mma.sync, and 99 KB of shared memory"),
-    Row(120, 80, 0, Tile(128, 64, 8, 2), "as sm_80; 4 warps spill"),
-    Row(120, 128, 0, Tile(128, 32, 8, 2), "64 keys spill where n is no multiple of them"),
-    Row(120, 160, 0, Tile(128, 32, 8, 1), "64 keys spill, and a second stage where n is no multiple of 128"),
-    Row(120, 256, 0, Tile(64, 32, 8, 1), "as sm_80"),
-)
-# fmt: on
+class Table(NamedTuple):
+    """What tiles.json says: rows of tiles by kernel, and by architecture which backward runs from there on."""
 
+    tiles: Mapping[str, Sequence[Row]]
+    backward: Mapping[int, str]
+
+
+def read(path: Path = PATH) -> Table:
+    """The table of a file that `text` wrote."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    tiles = {
+        kernel: [Row(arch, width, n, Tile(*tile), reason) for arch, width, n, tile, reason in value[kernel]]
+        for kernel in KERNELS
+    }
+    backward = {int(arch): name for arch, name in value["backward"].items()}
+    assert set(backward.values()) <= set(BACKWARDS), backward
+    return Table(tiles, backward)
+
+
+def text(table: Table) -> str:
+    """The table as JSON, one row a line: [architecture, width, n, [queries, keys, warps, stages], reason]."""
+
+    def lines(rows: Sequence[Row]) -> str:
+        return "[\n    " + ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n  ]"
+
+    entries: dict[str, Any] = {kernel: lines(table.tiles[kernel]) for kernel in KERNELS}
+    entries["backward"] = json.dumps({str(arch): name for arch, name in sorted(table.backward.items())})
+    return "{\n" + ",\n".join(f'  "{name}": {value}' for name, value in entries.items()) + "\n}\n"
+
+
+TABLE = read()
 # Within 48 KB of shared memory on every architecture: what a launch gets without asking for more.
 SMALL = {80: Tile(64, 32, 4, 2), 192: Tile(64, 16, 4, 2), 256: Tile(32, 16, 4, 1)}
 # float32 runs on the plain units, exactly as PyTorch's default does; these keep within 48 KB and do not spill.
 FLOAT32 = {128: Tile(32, 32, 8, 1), 160: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
+# Those of the backward's two kernels, in float32 and on cards before the table's first.
+BACKWARD = (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1))
 
 
 def architecture(x: Tensor) -> int:
@@ -67,13 +84,33 @@ def architecture(x: Tensor) -> int:
 
 def sparse_causal_tile(arch: int, n: int, width: int, itemsize: int, small: bool = False) -> Tile:
     """The tile for frames of n tokens and heads `width` wide; `small` and old cards stay within 48 KB."""
-    if itemsize == 4 or small or arch < TABLE[0].architecture:
+    rows = TABLE.tiles["forward"]
+    if itemsize == 4 or small or arch < rows[0].architecture:
         tile = _narrowest(FLOAT32 if itemsize == 4 else SMALL, width)
     else:
-        known = max(row.architecture for row in TABLE if row.architecture <= arch)
-        rows = [row for row in TABLE if row.architecture == known and row.width >= width and row.n <= n]
-        tile = min(rows, key=lambda row: (row.width, -row.n)).tile
+        tile = _known(rows, arch, n, width)
     return _fit(tile, n)
+
+
+def backward_tiles(arch: int, n: int, width: int, itemsize: int) -> tuple[Tile, Tile]:
+    """The tiles of the kernels for the gradients of q, and of k and v."""
+    kernels = [TABLE.tiles[kernel] for kernel in KERNELS[1:]]
+    if itemsize == 4 or arch < kernels[0][0].architecture:
+        return BACKWARD
+    of_queries, of_keys = (_known(rows, arch, n, width) for rows in kernels)
+    return _fit(of_queries, n), of_keys
+
+
+def backward_of(arch: int) -> str:
+    """Which backward runs on an architecture, one of BACKWARDS."""
+    known = [from_arch for from_arch in TABLE.backward if from_arch <= arch]
+    return TABLE.backward[max(known)] if known else "triton"
+
+
+def _known(rows: Sequence[Row], arch: int, n: int, width: int) -> Tile:
+    """The row of the newest architecture that has one for this width and n: the first of all has every width."""
+    fitting = [row for row in rows if row.architecture <= arch and row.width >= width and row.n <= n]
+    return min(fitting, key=lambda row: (-row.architecture, row.width, -row.n)).tile
 
 
 def _narrowest(table: dict[int, Tile], width: int) -> Tile:
