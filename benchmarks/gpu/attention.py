@@ -91,7 +91,7 @@ def _flex(report: Report, shape: Shape, ours: float | None) -> None:
         return
     seconds = _peer(report, name, call, qkv, shape)
     if seconds is not None and ours is not None:
-        report.figures(f"{title(shape)}: ours", {"× FlexAttention": seconds / ours})
+        report.figures(f"{title(shape)}: ours over FlexAttention", {"×": seconds / ours})
 
 
 def _temporal(report: Report, shape: Shape, qkv: list[Tensor]) -> None:

@@ -174,7 +174,9 @@ def _environment(stage: Stage, wheels: Path | None, dry: bool) -> dict[str, str]
     places = [str(ROOT / "benchmarks"), str(ROOT), *([str(wheels)] if wheels else [])]
     places += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     own = {"PYTHONPATH": os.pathsep.join(places), "TRITON_DEFAULT_FP_FUSION": "1", "HF_HUB_OFFLINE": "1"}
-    dry_ones = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if stage.interpreted else {})
+    dry_ones = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (
+        {"TRITON_INTERPRET": "1"} if stage.interpreted else {}
+    )
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | own | (dry_ones if dry else {})
 
