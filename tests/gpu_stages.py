@@ -6,8 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+TESTS = """
+import pytest
+
+def test_wrong():
+    assert False, "by this much"
+
+@pytest.mark.skip(reason="no card")
+def test_absent():
+    pass
+
+def test_right():
+    pass
+"""
 
 
 def fine(report: Any) -> None:
@@ -31,6 +47,17 @@ def dies(report: Any) -> None:
     with report._results.open("a") as file:
         file.write('{"stage": "dies", "row": "half')
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def tests_that_fail(report: Any) -> None:
+    """That of pytest, over files of its own."""
+    import kernel_tests
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "test_a_gpu.py").write_text("import nothing_here")
+        (Path(folder) / "test_b_gpu.py").write_text(TESTS)
+        kernel_tests.TESTS = Path(folder)
+        kernel_tests.kernel_tests(report)
 
 
 def at_fault(report: Any) -> None:

@@ -146,6 +146,17 @@ def test_a_stage_without_fault_fails_nothing(gpu: SimpleNamespace, tmp_path: Pat
     assert (found.why, found.rows) == ("", 2)
 
 
+def test_a_test_that_fails_on_the_card_is_a_fault_and_stops_no_other(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    found = outcome(gpu, tmp_path, "tests_that_fail")
+    by_name = {row["row"]: row for row in of("tests_that_fail", tmp_path)}
+    assert "No module named 'nothing_here'" in by_name["test_a_gpu.py"]["fault"]
+    assert by_name["test_b_gpu.py::test_wrong"]["fault"] == "call failed: AssertionError: by this much"
+    assert by_name["test_b_gpu.py::test_absent"]["left_out"] == "Skipped: no card"
+    assert by_name["test_b_gpu.py::test_right"]["figures"]["seconds"] < 1
+    assert by_name["all"]["figures"] == {"passed": 1, "files": 2}
+    assert "and 1 more" in found.why
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -242,6 +253,15 @@ def test_blocks_of_flex_attention_are_those_that_its_mask_allows(gpu: SimpleName
     blocks = torch.arange(frames * n // 128)
     allowed = found.mask_mod(None, None, blocks[:, None] * 128, blocks[None, :] * 128)
     assert torch.equal(found.to_dense()[0, 0].bool(), allowed)
+    assert found.full_kv_num_blocks.sum() == allowed.sum(), "none is read twice"
+
+
+@pytest.mark.parametrize("library", ["_flash", "_cudnn"])
+def test_two_calls_of_a_library_fit_together(gpu: SimpleNamespace, library: str) -> None:
+    """By PyTorch's own account of the shapes that its operators for GPUs give."""
+    shape = gpu.Shape(b=2, frames=5, n=64, heads=3, width=40)
+    qkv = gpu.peers.inputs(shape, torch.device("meta"), torch.float16)
+    assert gpu.peers.merged(*qkv, shape, getattr(gpu.peers, library)).shape == qkv[0].shape
 
 
 # The model.

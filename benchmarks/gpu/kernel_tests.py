@@ -50,6 +50,8 @@ def kernel_tests(report: Report) -> None:
 
 
 def _reason(report: Any) -> str:
-    """The last line of what pytest says."""
+    """What pytest says in one line: that of the error, else the last."""
     said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return (said.strip().splitlines() or ["nothing was said"])[-1][:300]
+    lines = said.strip().splitlines() or ["nothing was said"]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    return (errors or lines[-1:])[0][:300]

@@ -34,6 +34,8 @@ from tav_opt.config import InputError  # noqa: E402
 
 RESULTS, LOG = "results.jsonl", "log.txt"
 PURE = "-none-any.whl"
+FAULTS_STATUS = 1
+"""Of a stage that found faults, which its rows tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,25 +127,23 @@ def run(stage: Stage, out: Path, wheels: Path | None, *, dry: bool) -> Outcome:
     """One stage in a process of its own, which ends at the limit with all that it started."""
     results, started = out / RESULTS, time.monotonic()
     before = len(_rows(results))
-    if results.exists() and not results.read_text(encoding="utf-8").endswith("\n"):
-        with results.open("a", encoding="utf-8") as file:
-            file.write("\n")  # after half a row
+    _end_the_line(results)
     print(f"{stage.name}: {stage.says} (at most {stage.seconds} s)", flush=True)
     arguments = [str(HERE / "one_stage.py"), stage.name, stage.where, str(results.absolute())]
     with (out / LOG).open("a", encoding="utf-8") as log:
         log.write(f"\n=== {stage.name}\n")
         log.flush()
-        why = _ended(
-            [sys.executable, *arguments, *(["--dry"] if dry else [])], _environment(stage, wheels, dry), log, stage
-        )
+        program = [sys.executable, *arguments, *(["--dry"] if dry else [])]
+        ended = _ended(program, _environment(stage, wheels, dry), log, stage)
     rows = [row for row in _rows(results)[before:] if row["stage"] == stage.name]
     faults = [f"{row['row']}: {row['fault']}" for row in rows if "fault" in row]
-    if why == _FAULTS and faults:
-        why = faults[0] + (f", and {len(faults) - 1} more" if len(faults) > 1 else "")
-    return Outcome(stage=stage, seconds=time.monotonic() - started, rows=len(rows), why=why)
+    reasons = [ended] if ended and not (faults and ended == _status(FAULTS_STATUS)) else []
+    reasons += [faults[0] + (f", and {len(faults) - 1} more" if faults[1:] else "")] if faults else []
+    return Outcome(stage=stage, seconds=time.monotonic() - started, rows=len(rows), why="; ".join(reasons))
 
 
-_FAULTS = f"ended with status 1 (see {LOG})"
+def _status(status: int) -> str:
+    return f"ended with status {status} (see {LOG})"
 
 
 def _ended(arguments: list[str], environment: dict[str, str], log: Any, stage: Stage) -> str:
@@ -159,7 +159,7 @@ def _ended(arguments: list[str], environment: dict[str, str], log: Any, stage: S
         _kill_group(process)
     if status < 0:
         return f"killed by {signal.Signals(-status).name} (see {LOG})"
-    return "" if status == 0 else f"ended with status {status} (see {LOG})"
+    return "" if status == 0 else _status(status)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -173,23 +173,33 @@ def _environment(stage: Stage, wheels: Path | None, dry: bool) -> dict[str, str]
     """The package, the benchmarks and the wheels to be imported; only a dry run interprets kernels."""
     places = [str(ROOT / "benchmarks"), str(ROOT), *([str(wheels)] if wheels else [])]
     places += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    own = {"PYTHONPATH": os.pathsep.join(places), "TRITON_DEFAULT_FP_FUSION": "1", "HF_HUB_OFFLINE": "1"}
-    dry_ones = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (
-        {"TRITON_INTERPRET": "1"} if stage.interpreted else {}
-    )
+    own = {
+        "PYTHONPATH": os.pathsep.join(places),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUTF8": "1",
+    }
+    of_dry_runs = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if stage.interpreted:
+        of_dry_runs["TRITON_INTERPRET"] = "1"
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | own | (dry_ones if dry else {})
+    return kept | own | (of_dry_runs if dry else {})
 
 
 def _rows(results: Path) -> list[dict[str, Any]]:
     """What is in the file; a process that is killed may leave half a line."""
     rows = []
-    for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else ():
-        try:
+    for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.exists() else ():
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            print(f"{results}: half a row: {line[:80]}", file=sys.stderr)
     return rows
+
+
+def _end_the_line(results: Path) -> None:
+    """After half a row, so that the next one is whole."""
+    if results.exists() and (text := results.read_text(encoding="utf-8", errors="replace")) and not text.endswith("\n"):
+        with results.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 if __name__ == "__main__":
