@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRITON_DEFAULT_FP_FUSION=1
 
-.PHONY: demo test test-full lint server clean
+.PHONY: demo test test-full lint server gpu-wheels clean
 
 demo: .venv/server
 	$(OFFLINE) $(BIN)/tav-opt demo
@@ -49,5 +49,11 @@ server: .venv/server
 	@$(BIN)/python -m tav_opt.serving.host.server || true
 	touch $@
 
+# What benchmarks/gpu/run.py --wheels brings to a machine that has PyTorch and transformers alone, and no network.
+WHEELS := diffusers importlib-metadata zipp tyro docstring-parser typeguard
+gpu-wheels: .venv/installed
+	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --only-binary=:all: \
+	  --python-version 3.12 --dest gpu-wheels $(WHEELS)
+
 clean:
-	rm -rf .venv demo-out build dist *.egg-info
+	rm -rf .venv demo-out gpu-wheels build dist *.egg-info

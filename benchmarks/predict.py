@@ -1,6 +1,7 @@
-"""Predicted times of the sparse-causal kernel on one card, from counted operations, bytes and compiled instructions.
+"""Predicted times of the sparse-causal kernel on one card: `python benchmarks/predict.py`.
 
-Nothing here is a measurement. The limits are the vendor's published rates, not what a card was seen to reach.
+They follow from counted operations, bytes and compiled instructions. Nothing here is a measurement. The limits are the
+vendor's published rates, not what a card was seen to reach.
 """
 
 from __future__ import annotations
@@ -115,3 +116,21 @@ def seconds(shape: Shape, card: Card = H200) -> dict[str, float]:
         "issue": passes * len(loop) / (card.issued * clocks),
         "memory": shape.bytes() / card.memory,
     }
+
+
+def main() -> None:
+    """Prints the table in microseconds for an H200; not a measurement."""
+    print(
+        f"### Predicted for one {H200.name}, NOT measured: published rates, sm_{H200.arch} code, fp16, microseconds\n"
+    )
+    print("| f | n | width | matrix | exponentials | issue | memory | floor | sum | GB of keys and values from L2 |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for shape in SD15:
+        units = seconds(shape)
+        cells = [*units.values(), max(units.values()), sum(units.values())]
+        times = " | ".join(f"{second * 1e6:.0f}" for second in cells)
+        print(f"| {shape.frames} | {shape.n} | {shape.width} | {times} | {reread_bytes(shape) / 1e9:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
+import sd15
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tav_opt import checkpoint, models
 from tav_opt.base.directory import Base
@@ -65,46 +65,7 @@ def untuned(base: Path, folder: Path, *, frames: int, size: int | None, steps: i
 
 def random_sd15(folder: Path) -> Path:
     """A directory with Stable Diffusion 1.5's architecture and random weights (4.3 GB on disk)."""
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    ).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-        eos_token_id=257,
-        bos_token_id=256,
-        pad_token_id=257,
-    )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    byte_tokenizer().save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
+    made = sd15.parts(torch.device("cpu"), torch.float32)
+    for field in fields(made):
+        getattr(made, field.name).save_pretrained(folder / field.name)
     return folder
-
-
-def byte_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer without merges, one token a byte: CLIP's own vocabulary is no part of a random model."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)

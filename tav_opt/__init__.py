@@ -36,10 +36,16 @@ _PUBLIC = {
 
 __all__ = sorted(_PUBLIC)
 
+UNINSTALLED = "0+uninstalled"
+"""The version of a checkout that is imported as it lies there."""
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return metadata.version("tav-opt")
+        try:
+            return metadata.version("tav-opt")
+        except metadata.PackageNotFoundError:  # a checkout on a machine where nothing is installed
+            return UNINSTALLED
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tav_opt' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tav_opt import schemas
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.files import DESCRIPTION, MANIFEST, read_object
@@ -58,5 +57,7 @@ class ClipFolder:
     @property
     def settings(self) -> dict[str, Any]:
         """What it was tuned with, where that was kept; raises InputError for a description that lies."""
+        from tav_opt import schemas
+
         schemas.check(schemas.ClipDescription, self.description, self.path / self.file)
         return dict(self.description.get("settings", {}))

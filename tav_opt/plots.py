@@ -6,13 +6,14 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from tav_opt.files import whole
 
 
 def save_losses(losses: list[float], folder: Path) -> None:
     """Writes `loss.csv` (step, loss) and `loss.png`, where a running mean lies over the single steps."""
+    from matplotlib.figure import Figure
+
     with whole(folder / "loss.csv") as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
     window = max(1, len(losses) // 20)

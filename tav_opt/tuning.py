@@ -35,7 +35,7 @@ OnStep = Callable[[Stage, int, int, float], object]
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """On CUDA some backward passes add in no fixed order unless told to; on CPU ours all do."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
@@ -84,7 +84,7 @@ def tune(
     model, out = os.fspath(model), Path(out)
     check(config, prompt)
     check_out(out)
-    with tuning_state.claim(out), _resumable(out), _deterministic():
+    with tuning_state.claim(out), _resumable(out), deterministic():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # attn_temp starts at random where the base is an image model
             place = usable_device(device)

@@ -23,7 +23,6 @@ from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
 from tav_opt.ddim import Schedule, Timestep, timestep_rows
 from tav_opt.repository import layout, specs
 from tav_opt.repository.layout import MANIFEST, check_unaltered, info_of
-from tav_opt.schemas import BaseManifest
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 Call = Callable[..., dict[str, Tensor]]
@@ -71,6 +70,8 @@ class ExportedBase:
 
         Raises InputError when it is missing, of another version, or one of its files is missing or altered.
         """
+        from tav_opt.schemas import BaseManifest
+
         manifest = layout.manifest(folder, BaseManifest)
         if manifest.get("version") != VERSION:
             raise InputError(f"{folder}: version {manifest.get('version')!r} is not {VERSION}: export it again")

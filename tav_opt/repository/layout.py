@@ -9,14 +9,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tav_opt import schemas
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import CLIP_NAME, STREAM_MODEL, VERSION, ClipInfo, check_clip_name
 from tav_opt.files import MANIFEST, altered, discard, read_object, sha256, sweep
-from tav_opt.schemas import Manifest
+
+if TYPE_CHECKING:
+    from tav_opt.schemas import Manifest
 
 _LOG = logging.getLogger(__name__)
 Stamp = tuple[int, int]
@@ -56,10 +57,12 @@ def clip_names(version: Path) -> list[str]:
     return sorted(name for name in found if CLIP_NAME.match(name))
 
 
-def manifest(folder: Path, kind: type[Manifest] = Manifest) -> dict[str, Any]:
+def manifest(folder: Path, kind: type[Manifest] | None = None) -> dict[str, Any]:
     """What the manifest of a folder says; raises InputError where that is not as `kind` has it."""
+    from tav_opt import schemas
+
     found = read_object(folder / MANIFEST)
-    schemas.check(kind, found, folder / MANIFEST)
+    schemas.check(kind or schemas.Manifest, found, folder / MANIFEST)
     return found
 
 

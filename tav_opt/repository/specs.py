@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from tav_opt.config import InputError
 from tav_opt.files import refuse_pointer
 from tav_opt.repository.layout import manifest
-from tav_opt.schemas import BaseManifest
 
 T = TypeVar("T")
 
@@ -58,6 +57,8 @@ class GraphSpec:
 
 def read(base: Path) -> dict[str, GraphSpec]:
     """The graphs of an exported base, by name."""
+    from tav_opt.schemas import BaseManifest
+
     told = manifest(base, BaseManifest)
     if "graphs" in told:
         return {found["name"]: _graph(found) for found in told["graphs"]}

@@ -13,15 +13,16 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps
 
 from tav_opt.config import InputError
 from tav_opt.video import hdr
+
+if TYPE_CHECKING:
+    import av
 
 FOLDER_FPS = 8.0
 """Images in a folder carry no times."""
@@ -47,8 +48,6 @@ UNREAD_MATRICES = {
 """FFmpeg's conversion would take them for BT.601 in silence."""
 HD_HEIGHT = 720
 """From here on a video that names no matrix is of BT.709, below of BT.601."""
-PRECISE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
-"""How FFmpeg makes 8 bits of 10 without white becoming 253; 16 bits it makes right only without."""
 BWDIF_LEAST = 4
 """Rows and columns that FFmpeg's deinterlacer needs."""
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
@@ -156,6 +155,8 @@ def _webp(file: IO[bytes], name: str, limits: Limits) -> Iterator[Shown]:
 
 
 def _video(file: IO[bytes], name: str, limits: Limits) -> Iterator[Shown]:
+    import av
+
     options = {"format_whitelist": CONTAINERS, "max_pixels": str(2 * limits.pixels)}  # it counts padding too
     try:
         with av.open(file, options=options, metadata_errors="replace") as container:
@@ -183,6 +184,8 @@ def _decoded(container: Any, stream: Any, name: str, limits: Limits) -> Iterator
 
 
 def _frames(container: Any, stream: Any, name: str, limits: Limits) -> Iterator[av.VideoFrame]:
+    import av
+
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):  # FFmpeg's own drop the alpha
         decoder = av.CodecContext.create(f"libvpx{'-vp9' if decoder.name == 'vp9' else ''}", "r")
@@ -223,6 +226,8 @@ def _picture(
     before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None, aspect: float, name: str
 ) -> Image.Image:
     """A decoded frame as it is meant to be seen; `before` and `after` are its neighbours."""
+    import av
+
     try:
         whole = _deinterlaced(before, frame, after) if frame.interlaced_frame else frame
         return _upright(_rgb(whole), frame, aspect)
@@ -232,6 +237,8 @@ def _picture(
 
 def _deinterlaced(before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None) -> av.VideoFrame:
     """The moment of a frame's first field, all rows of it; which rows moved its neighbours tell."""
+
+    import av
 
     def shape(frame: av.VideoFrame) -> tuple[str, int, int]:
         return frame.format.name, frame.width, frame.height
@@ -255,12 +262,15 @@ def _deinterlaced(before: av.VideoFrame | None, frame: av.VideoFrame, after: av.
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
     """→ uint8 (H, W, 3), or (H, W, 4) where it has alpha; sRGB, whatever the video's matrix, range, bits and light."""
+    from av.video.reformatter import Interpolation
+
     alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
     matrix = ITU709 if frame.colorspace == UNSPECIFIED and frame.height >= HD_HEIGHT else None
     transfer, primaries = frame.color_trc, frame.color_primaries
     if not hdr.is_foreign(transfer, primaries):
         deep = max(component.bits for component in frame.format.components) > 8
-        how = PRECISE if deep else None
+        # Of 10 bits, without which white becomes 253; 16 bits FFmpeg makes right only without.
+        how = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT if deep else None
         return frame.to_ndarray(format="rgba" if alpha else "rgb24", src_colorspace=matrix, interpolation=how)
     signal = frame.to_ndarray(format="rgba64le" if alpha else "rgb48le", src_colorspace=matrix)
     pixels = hdr.to_srgb(signal[..., :3], transfer, primaries)

@@ -13,7 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import av
 import numpy as np
 from PIL import Image, PngImagePlugin
 
@@ -252,6 +251,8 @@ def _rate(fps: float) -> Fraction:
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+    import av
+
     even = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]  # 4:2:0 halves both
     frames = np.pad(frames, even, mode="edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -271,6 +272,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+    import av
+
     rate = _rate(min(fps, GIF_MAX_FPS))
     graph = av.filter.Graph()
     source = graph.add_buffer(

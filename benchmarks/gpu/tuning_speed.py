@@ -1,0 +1,172 @@
+"""Tuning of Stable Diffusion 1.5 with random weights on 24 frames of 512²: its speed, and whether it repeats itself."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import sd15
+import torch
+from common import apart
+from editing_speed import PEER, best, channels_last, peak_gib, reset_peak, without_kernels
+from report import Report
+from torch import Tensor
+
+from tav_opt import models
+from tav_opt.config import TrainConfig, first_line
+from tav_opt.ddim import Schedule
+from tav_opt.models import StableDiffusion
+from tav_opt.tuning import deterministic
+from tav_opt.tuning_step import Draw, Training, autocast, begin, denoising_loss, seeded_draw, train_step
+
+WARM_UP, MEASURED = 5, 20
+"""Steps, of one draw each; in the first ones the loss's scale finds its place."""
+STEPS = TrainConfig.steps
+GRADIENT_ERROR = {torch.float16: 0.05, torch.float32: 1e-3}
+"""What gradients by our kernels may differ from those by the naive twins, in root mean squares over all of them."""
+LOSS_SCALE = 1024.0
+"""Of the compared gradients: those of halves would be lost below it."""
+REPEATED = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A tuning that has begun, and what its steps take."""
+
+    sd: StableDiffusion
+    config: TrainConfig
+    training: Training
+    latents: Tensor
+    text: Tensor
+    draw: Draw
+
+    @classmethod
+    def begun(cls, device: torch.device, dtype: torch.dtype, *, small: bool, checkpointing: bool = False) -> Run:
+        """The same at every call on one kind of device: weights, clip, caption and noise are seeded."""
+        sd = sd15.stable_diffusion(device, dtype, small=small)
+        config = TrainConfig(gradient_checkpointing=checkpointing)
+        side, frames = sd.unet.config.sample_size, 3 if small else 24
+        latents = torch.randn(1, 4, frames, side, side, device=device)
+        text = models.encode_prompt(sd, "a moving thing").float()
+        training = begin(sd.unet, config)
+        draw = seeded_draw(config.seed, latents, sd.schedule)
+        return cls(sd=sd, config=config, training=training, latents=latents, text=text, draw=draw)
+
+    def step(self) -> float:
+        """One optimiser step → its loss."""
+        unet, schedule = self.sd.unet, self.sd.schedule
+        return train_step(self.training, unet, self.latents, self.text, schedule, self.config, self.draw)
+
+    def gradients(self) -> Tensor:
+        """Of LOSS_SCALE times the first step's loss, those of all trained parameters in a row; nothing is changed."""
+        with autocast(self.sd.unet, self.config):
+            schedule: Schedule = self.sd.schedule
+            loss = denoising_loss(self.sd.unet, self.latents, self.text, schedule, *self.draw(0, 0))
+        found = torch.autograd.grad(LOSS_SCALE * loss, list(self.training.trained.values()))
+        return torch.cat([gradient.flatten().float() for gradient in found])
+
+
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+def tuning_speed(report: Report) -> None:
+    """Gradients against the naive twins' first, then the time and memory of each way."""
+    kernels: dict[str, tuple[bool, bool, Around]] = {
+        "eager": (False, False, nullcontext),
+        "channels-last": (True, False, nullcontext),
+        "channels-last, gradient checkpointing": (True, True, nullcontext),
+        PEER: (True, False, without_kernels),
+    }
+    found: dict[str, float] = {}
+    _check_gradients(report)
+    for name, (last, checkpointing, around) in kernels.items():
+        reset_peak()
+        try:
+            run = Run.begun(report.device, report.dtype, small=report.dry, checkpointing=checkpointing)
+            if last:
+                channels_last(run.sd)
+            with around(), deterministic():
+                times, losses = _timed_steps(run, report.dry)
+        except Exception as error:  # too little memory, most likely
+            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+            (report.left_out if name == PEER else report.fault)(name, reason)
+            continue
+        p10, median, p90 = np.percentile(times, [10, 50, 90])
+        found[name] = STEPS * float(median)
+        figures = {"s a step": float(median), "p10 s": float(p10), "p90 s": float(p90), "steps": len(times)}
+        report.figures(name, figures | {"last loss": losses[-1], "peak GiB": peak_gib()})
+        del run
+    best(report, "the best of ours", f"seconds for {STEPS} steps, extrapolated", found)
+
+
+def _check_gradients(report: Report) -> None:
+    run = Run.begun(report.device, report.dtype, small=report.dry)
+    with deterministic():
+        ours = run.gradients()
+        with without_kernels():
+            naive = run.gradients()
+    wrong = float((ours - naive).square().mean().sqrt() / naive.square().mean().sqrt())
+    report.row("gradients against the naive twins'", error=wrong)
+    if not wrong <= GRADIENT_ERROR[report.dtype]:
+        report.fault("gradients against the naive twins'", f"they differ by {wrong:.2g} in root mean squares")
+
+
+def _timed_steps(run: Run, dry: bool) -> tuple[list[float], list[float]]:
+    """Seconds and losses; a step ends with its loss on the processor."""
+    warm_up, measured = (1, 2) if dry else (WARM_UP, MEASURED)
+    losses = [run.step() for _ in range(warm_up)]
+    times = []
+    for _ in range(measured):
+        start = time.perf_counter()
+        losses.append(run.step())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times, losses
+
+
+def repeat(report: Report) -> None:
+    """Two tunings of one seed: as tuning does it, and with all that PyTorch has against chance."""
+    for name, strict in (("as tuning does it", False), ("strictly deterministic", True)):
+        once = partial(trained, report.device, report.dtype, strict, report.dry)
+        try:
+            first, second = (once(), once()) if report.dry else (apart(once), apart(once))
+        except Exception as error:  # strictly, an operator may have no such form
+            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+            (report.left_out if strict else report.fault)(name, reason)
+            continue
+        differ = [number for number, (a, b) in enumerate(zip(first, second, strict=True), start=1) if a != b]
+        figures = {"losses or weights that differ": len(differ), "of": len(first)}
+        report.figures(name, figures | ({"the first": differ[0]} if differ else {}))
+
+
+def trained(device: torch.device, dtype: torch.dtype, strict: bool, dry: bool) -> list[str]:
+    """Each step's loss to its last bit, and a hash of all trained parameters after the last one."""
+    with strictly() if strict else deterministic():
+        run = Run.begun(device, dtype, small=dry)
+        losses = [run.step().hex() for _ in range(3 if dry else REPEATED)]
+    digest = hashlib.sha256()
+    for parameter in run.training.trained.values():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return [*losses, digest.hexdigest()]
+
+
+@contextmanager
+def strictly() -> Iterator[None]:
+    """An operator without a deterministic form is an error; cuBLAS gets a workspace of its own for each stream."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
