@@ -291,7 +291,7 @@ def _engine(work: Work, by: Predict) -> Engine:
 
 def _one_edit(report: Report, engine: Engine, preset: Any, name: str) -> float:
     """A row → its seconds."""
-    config = EditConfig.preset(preset, prompts=("a red thing",))
+    config = EditConfig.of_preset(preset, prompts=("a red thing",))
     config = replace(config, steps=STEPS_IN_A_DRY_RUN) if report.dry else config
     call: Call = lambda: editing.edit(engine, config)  # noqa: E731
     reset_peak()

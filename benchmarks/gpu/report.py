@@ -23,6 +23,10 @@ class Report:
         self.faults = 0
         self._stage, self._results = stage, results
 
+    def beside(self, name: str) -> Path:
+        """A file beside the results."""
+        return self._results.with_name(name)
+
     def row(self, name: str, **figures: Any) -> None:
         """Keeps figures by name: numbers, or texts."""
         self.figures(name, figures)

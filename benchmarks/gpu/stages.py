@@ -84,6 +84,20 @@ STAGES = (
         interpreted=True,
     ),
     Stage(
+        name="backward",
+        where="backward:backward",
+        seconds=200,
+        says="the gradients of sparse-causal attention by our kernels, and by two calls of PyTorch's flash backward",
+        interpreted=True,
+    ),
+    Stage(
+        name="autotune",
+        where="backward:autotune",
+        seconds=400,
+        says="every tile of the forward's and the backward's kernels → tiles.json beside the results, to be committed",
+        interpreted=True,
+    ),
+    Stage(
         name="step",
         where="editing_speed:guided_step",
         seconds=320,

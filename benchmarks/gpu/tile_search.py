@@ -32,7 +32,7 @@ def tile_search(report: Report) -> None:
     shapes = (DRY_SHAPE,) if report.dry else tuple(shape for shape in SD15 if shape.frames == 24)
     for shape in shapes:
         now = sparse_causal_tile(architecture(torch.empty(0, device=report.device)), shape.n, shape.width, 2)
-        tiles = [now] + [tile for tile in CANDIDATES if tile.queries <= max(64, shape.n) and tile != now]
+        tiles = [now] + [tile for tile in CANDIDATES["forward"] if tile.queries <= max(64, shape.n) and tile != now]
         _one_shape(report, shape, DRY_TILES if report.dry else tiles)
 
 

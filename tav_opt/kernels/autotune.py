@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,30 +153,36 @@ def write(table: Table, path: Path = tiles.PATH) -> None:
         temporary.write_text(tiles.text(table), encoding="utf-8")
 
 
-def main() -> int:
-    """Measures every shape, and writes the table after each: a card that fails later loses nothing."""
-    if not torch.cuda.is_available():
-        print("autotune: needs a CUDA GPU", file=sys.stderr)
-        return 2
-
-    def milliseconds(call: Call) -> float:
-        return triton.testing.do_bench(call, return_mode="median")
-
-    arch, card = tiles.architecture(torch.empty(0, device="cuda")), torch.cuda.get_device_name()
+def tune(
+    shapes: Sequence[tuple[int, int]], device: str, card: str, milliseconds: Milliseconds, path: Path = tiles.PATH
+) -> Table:
+    """Measures every shape, head width and tokens, and writes the table after each: what fails later loses nothing."""
+    arch = tiles.architecture(torch.empty(0, device=device))
     table, total = tiles.TABLE, dict.fromkeys(tiles.BACKWARDS, 0.0)
-    for width, n in SHAPES:
-        tried = trials(width, n)
+    for width, n in shapes:
+        tried = trials(width, n, device)
         new = rows(arch, width, n, card, tried, milliseconds)
         known = dict(zip(tiles.KERNELS[1:], tiles.backward_tiles(arch, n, width, itemsize=2), strict=True))
         best = [new[kernel].tile if kernel in new else tile for kernel, tile in known.items()]
         for name, run in {"triton": lambda: tried.ours(*best), "flash": tried.flash}.items():  # noqa: B023
             total[name] += right_and_timed(f"backward {name}", run, tried.truth, milliseconds)
         table = replaced(table, new)
-        write(table)
+        write(table, path)
         print(*new.values(), sep="\n")
     chosen = min(total, key=lambda name: total[name])
     print(*(f"backward {name}: {time:.3f} ms over all shapes" for name, time in total.items()), sep="\n")
-    write(table._replace(backward={**table.backward, arch: chosen}))
+    table = table._replace(backward={**table.backward, arch: chosen})
+    write(table, path)
+    return table
+
+
+def main() -> int:
+    """Measures the shapes of Stable Diffusion 1.5 at 512² into the package's own table."""
+    if not torch.cuda.is_available():
+        print("autotune: needs a CUDA GPU", file=sys.stderr)
+        return 2
+    median = partial(triton.testing.do_bench, return_mode="median")
+    tune(SHAPES, "cuda", torch.cuda.get_device_name(), median)
     return 0
 
 
