@@ -72,7 +72,7 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", "import av"], env=environment, capture_output=True).returncode == 1
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.jsonl", "tiles.json"]
     found = {
         stage: of(stage, tmp_path / "out") for stage in dict.fromkeys(row["stage"] for row in rows(tmp_path / "out"))
     }
