@@ -104,7 +104,8 @@ def _measured(
         frames = editing.edit(engine, replace(settings, prompts=(prompt,)))[0]
         seconds = time.perf_counter() - began
         exact, whole = (frames, seconds) if exact is None else (exact, whole)
-        found[name] = {"times as fast": whole / seconds, "PSNR": psnr(exact, frames), **scores(judge, frames, source, change)}
+        costs = {"times as fast": whole / seconds, "PSNR": psnr(exact, frames)}
+        found[name] = costs | scores(judge, frames, source, change)
     return found
 
 
