@@ -237,6 +237,12 @@ def measured_in_python(world: World) -> None:
     assert "frame consistency" in found.values and "frame accuracy" in found.left_out
 
 
+def edited_cheaply(world: World) -> None:
+    world.shell(BLOCKS["presets.md: Cheaper edits, sh 1"])
+    for name in ("quick.mp4", "draft.mp4"):
+        assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
+
+
 def nothing(world: World) -> None:
     assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
 
@@ -248,6 +254,8 @@ CHECKS = {
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,
+    "presets.md: Cheaper edits, sh 1": edited_cheaply,
+    "presets.md: Cheaper edits, python 1": edited("presets.md: Cheaper edits, python 1", "frames"),
     "serving.md: From Python, with this package, python 1": edited(
         "serving.md: From Python, with this package, python 1"
     ),
