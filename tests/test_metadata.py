@@ -57,6 +57,8 @@ KEYS = [
     "engine",
     "steps",
     "guidance_scale",
+    "guidance_interval",
+    "solver",
     "eta",
     "seed",
     "inversion",

@@ -17,6 +17,7 @@ import torch
 from tav_opt import cli, command, config, progress
 from tav_opt.cli.clips import AddClip, ListClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
+from tav_opt.cli.metrics import Metrics
 from tav_opt.cli.probe import Probe
 from tav_opt.cli.request import Request
 from tav_opt.cli.tune import Tune
@@ -40,6 +41,7 @@ SETTINGS = {
     "clips remove": RemoveClips,
     "clips verify": VerifyClips,
     "demo": DemoConfig,
+    "metrics": Metrics,
 }
 """What each command line is read into."""
 GIVEN = {
@@ -54,9 +56,10 @@ GIVEN = {
     "clips remove": "x --repository repository",
     "clips verify": "--repository repository",
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
+    "metrics": "absent.mp4 --source absent.mp4 --prompt x",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
-POSITIONAL = {("edit", "checkpoint"), ("export", "checkpoint"), ("clips add", "checkpoint")}
+POSITIONAL = {("metrics", "edit"), ("edit", "checkpoint"), ("export", "checkpoint"), ("clips add", "checkpoint")}
 NAMES = {"guidance_scale": "guidance"}
 
 
