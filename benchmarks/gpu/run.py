@@ -182,7 +182,7 @@ def _environment(stage: Stage, wheels: Path | None, dry: bool) -> dict[str, str]
     of_dry_runs = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if stage.interpreted:
         of_dry_runs["TRITON_INTERPRET"] = "1"
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     return kept | own | (of_dry_runs if dry else {})
 
 
