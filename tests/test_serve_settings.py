@@ -44,8 +44,9 @@ def test_two_instances_edit_at_once_and_one_request_waits(repository, tmp_path):
         ThreadPoolExecutor(1) as pool,
     ):
         running = []
+        endless = replace(LONG, prompts=LONG.prompts * 8)  # the first must outlast the second instance's start
         for _ in range(2):  # one after the other: together they would fill the queue before an instance takes one
-            running.append(client.stream(CLIP, LONG))
+            running.append(client.stream(CLIP, endless))
             next(running[-1])
         third = pool.submit(client.edit, CLIP, replace(SHORT, inversion_steps=2))
         ends = time.monotonic() + 60
