@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -75,6 +76,7 @@ def write_clip(folder: Path) -> Path:
 
 def resident() -> int:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, and lies between what was not, is held by nobody
     return psutil.Process().memory_full_info().uss
 
 
