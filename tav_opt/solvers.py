@@ -38,7 +38,7 @@ def extrapolated(known: Known, before: Known | None, after: float) -> Tensor:
     """The clean latents of the middle of a step in λ, by their change in the step before.
 
     DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), which UniPC's predictor of the second order with
-    B(h) = eʰ - 1 is too (Zhao et al. 2023, arXiv 2302.04867, appendix E). A step to ᾱ = 1 is endless in λ, and only the
+    B(h) = eʰ - 1 is too (Zhao et al. 2023, arXiv 2302.04867). A step to ᾱ = 1 is endless in λ, and only the
     last predicted ones count.
     """
     if before is None or after == 1:
