@@ -269,7 +269,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 }
 """What cheaper edits are made with, in place of the clip's own settings and the defaults; docs/presets.md has what each
 costs and loses."""
-LEFT_OUT = (*EDIT_DEFAULTS, "solver", "guidance_interval")
+FILLED_IN = (*EDIT_DEFAULTS, "solver", "guidance_interval")
 """The settings of an edit that a clip or a preset fills in where they are not given."""
 
 
@@ -289,7 +289,7 @@ class EditConfig(Config):
     solver: SolverName = "ddim"
     """How a step is made of what the network predicts: ddim as in the paper, DPM-Solver++(2M) or UniPC."""
     guidance_interval: Annotated[int, Within(1, 1000)] = 1
-    """After a fifth of the steps ask the network without the prompt in every so many steps only."""
+    """After the first fifth of the steps, guidance is computed in every so manieth step, and kept in between."""
     eta: Annotated[float, Within(0, 1)] = 0.0
     """0: deterministic DDIM; 1: as much noise as DDPM."""
     seed: Seed = 33

@@ -13,7 +13,7 @@ import numpy as np
 from tav_opt import __version__
 from tav_opt.config import (
     EDIT_DEFAULTS,
-    LEFT_OUT,
+    FILLED_IN,
     PRESETS,
     EditConfig,
     EngineName,
@@ -79,7 +79,7 @@ STREAM_INPUTS = (
         name="guidance_interval",
         dtype="INT32",
         shape=(1,),
-        doc="steps without the prompt: every so many after a fifth",
+        doc="after a fifth of the steps, guidance anew every so many",
         optional=True,
     ),
     ServedTensor(name="eta", dtype="FP32", shape=(1,), doc="0: deterministic, 1: as DDPM", optional=True),
@@ -332,12 +332,12 @@ def to_tensors(
     Settings that are `left_out` are the preset's or the clip's. Without a preview the tensors are those of UNARY_INPUTS
     too. Raises InputError for a preset that `check_preset` refuses.
     """
-    check_preset(preset, set(LEFT_OUT) - set(left_out))
+    check_preset(preset, set(FILLED_IN) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
     # Servers of before do not know these inputs.
     values |= {"prompt_metadata": None if prompt_metadata else False, "preset": None if preset == "exact" else preset}
-    usual = {name for name in set(LEFT_OUT) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
+    usual = {name for name in set(FILLED_IN) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
     absent = {*left_out, *(usual if preset == "exact" else ())}
     settings = [t.name for t in STREAM_INPUTS if t.name not in values]
     values |= {name: None if name in absent else getattr(config, name) for name in settings}

@@ -16,7 +16,7 @@ from tav_opt import cli, client, video
 from tav_opt.cli.common import given_settings
 from tav_opt.cli.request import Request
 from tav_opt.client.exchange import Exchange, Retry
-from tav_opt.config import LEFT_OUT, PRESETS, EditConfig, InputError
+from tav_opt.config import FILLED_IN, PRESETS, EditConfig, InputError
 from tav_opt.contract import from_tensors, to_tensors
 
 CHEAP = [name for name, settings in PRESETS.items() if settings]
@@ -31,7 +31,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 def test_presets_are_made_of_settings_that_may_be_left_out():
     assert list(PRESETS) == ["exact", "fast", "draft"] and not PRESETS["exact"]
     for name in CHEAP:
-        assert set(PRESETS[name]) <= set(LEFT_OUT)
+        assert set(PRESETS[name]) <= set(FILLED_IN)
         assert EditConfig.of_preset(name, prompts="x").steps == PRESETS[name]["steps"] < EditConfig.steps
     assert EditConfig.of_preset("fast", steps=7).steps == 7
     assert EditConfig.of_preset("exact", prompts="x") == EditConfig(prompts="x")
@@ -50,7 +50,7 @@ def test_a_preset_goes_before_the_clips_settings_and_after_what_is_given(name):
 def test_a_served_request_of_a_preset_is_that_of_its_settings(name):
     calls = {}
     for kind, tensors in {
-        "preset": to_tensors("toy", PROMPT, preset=name, left_out=LEFT_OUT),
+        "preset": to_tensors("toy", PROMPT, preset=name, left_out=FILLED_IN),
         "settings": to_tensors("toy", EditConfig.of_preset(name, prompts=PROMPT.prompts)),
     }.items():
         engine = FakeEngine()
@@ -79,7 +79,7 @@ def test_servers_of_before_are_asked_for_nothing_that_they_do_not_know():
 
 def test_what_a_request_says_goes_before_its_preset():
     request = from_tensors(
-        to_tensors("toy", replace(PROMPT, steps=4), preset="fast", left_out=set(LEFT_OUT) - {"steps"})
+        to_tensors("toy", replace(PROMPT, steps=4), preset="fast", left_out=set(FILLED_IN) - {"steps"})
     )
     assert (request.preset, request.given) == ("fast", {"steps", "negative_prompt", "eta", "seed"})
     assert FakeEngine.info.edited(request.edit, request.given, request.preset).steps == 4
@@ -92,12 +92,12 @@ def test_what_a_request_says_goes_before_its_preset():
         ({"solver": np.array([b"euler"], object)}, "solver 'euler' is not ddim, dpm"),
         ({"guidance_interval": np.array([0], np.int32)}, "guidance interval 0 is not within 1…1000"),
         ({"solver": np.array([b"unipc"], object), "eta": np.array([0.5], np.float32)}, "eta 0.5 with solver unipc"),
-        ({n: v for n, v in to_tensors("x", EditConfig.of_preset("fast", prompts="x")).items() if n in LEFT_OUT}
+        ({n: v for n, v in to_tensors("x", EditConfig.of_preset("fast", prompts="x")).items() if n in FILLED_IN}
          | {"preset": np.array([b"fast"], object)}, "preset fast would change nothing: steps, guidance interval"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_the_server(tensors, words):
-    whole = to_tensors("toy", PROMPT, left_out=LEFT_OUT)
+    whole = to_tensors("toy", PROMPT, left_out=FILLED_IN)
     with pytest.raises(InputError, match=words):
         answered(editor(FakeEngine()), whole | tensors)
 
@@ -107,7 +107,7 @@ def test_a_client_sends_a_preset_and_refuses_one_that_would_be_ignored():
         request, _ = Exchange.of("toy", edit, {"preset": "fast", **options}, Retry()).request()
         return {tensor.name for tensor in request.inputs}
 
-    assert "preset" in sent("a panda") and not sent("a panda") & set(LEFT_OUT)
+    assert "preset" in sent("a panda") and not sent("a panda") & set(FILLED_IN)
     with pytest.raises(InputError, match=r"would change nothing.*EditConfig\.of_preset"):
         sent(PROMPT)
     with pytest.raises(InputError, match="preset 'quick' is not"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import UseAppendAction, arg
 
-from tav_opt.config import LEFT_OUT, EditConfig, check_numbers, check_text, literal_weights
+from tav_opt.config import FILLED_IN, EditConfig, check_numbers, check_text, literal_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +23,11 @@ Guidance = Annotated[float, arg(name="guidance", help="Classifier-free guidance 
 
 
 def given_settings(kind: type[E], prog: str, arguments: Sequence[str]) -> tuple[E, set[str]]:
-    """What a command line says, and which of LEFT_OUT and the seed it gives: those that no default changes."""
+    """What a command line says, and which of FILLED_IN and the seed it gives: those that no default changes."""
     args = tyro.cli(kind, prog=prog, args=arguments)
     others = {name: getattr(EditConfig, name) + 1 for name in ("steps", "guidance_scale", "guidance_interval", "seed")}
     again = tyro.cli(kind, prog=prog, args=arguments, default=replace(args, **others, inversion=False, solver="unipc"))
-    return args, {name for name in (*LEFT_OUT, "seed") if getattr(again, name) == getattr(args, name)}
+    return args, {name for name in (*FILLED_IN, "seed") if getattr(again, name) == getattr(args, name)}
 
 
 def check_edit(args: EditConfig, out: Path, files: int) -> None:

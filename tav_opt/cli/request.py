@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tav_opt import progress
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import LEFT_OUT, ClipConfig, Count, EditConfig, Index, Preset, Within
+from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Index, Preset, Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
                 output=output,
                 prompt_metadata=args.prompt_metadata,
                 preset=args.preset,
-                left_out=set(LEFT_OUT) - given,
+                left_out=set(FILLED_IN) - given,
                 **source,
             )
     except ServerError as error:

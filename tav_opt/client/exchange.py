@@ -16,7 +16,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tav_opt.config import LEFT_OUT, EditConfig, InputError, PathLike, Preset, documented
+from tav_opt.config import FILLED_IN, EditConfig, InputError, PathLike, Preset, documented
 from tav_opt.contract import (
     CLIPS_MODEL,
     STARTED_ANEW,
@@ -110,7 +110,7 @@ class Options(TypedDict, total=False):
     preset: Preset
     """Cheaper settings for those that are left out."""
     left_out: Collection[str]
-    """Of config.LEFT_OUT, the settings in whose place the preset's or the clip's own stand; of prompts alone, all."""
+    """Of config.FILLED_IN, the settings in whose place the preset's or the clip's own stand; of prompts alone, all."""
 
 
 @documented
@@ -159,7 +159,7 @@ class Exchange:
         """An edit of `clip`; prompts alone stand for EditConfig(prompts=…) with the clip's own settings."""
         config = EditConfig.of(edit)
         asked: dict[str, Any] = dict(options)
-        left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else LEFT_OUT)
+        left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else FILLED_IN)
         deadline_s = asked.pop("deadline_s", None)
         if unknown := sorted(set(asked) - SERVED):
             raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
