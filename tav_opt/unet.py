@@ -30,10 +30,9 @@ class ClipGroupNorm(nn.GroupNorm):
         return self.over(input, self.frames)
 
     def over(self, x: Tensor, frames: int) -> Tensor:
-        """x (b f) c h w → the same shape."""
-        bf, c, h, w = x.shape
-        y = super().forward(x.reshape(-1, frames, c, h * w).transpose(1, 2))  # b c f (h w)
-        return y.transpose(1, 2).reshape(bf, c, h, w)
+        """x (b f) c h w → the same shape; where its channels come last, nothing is copied."""
+        y = super().forward(x.unflatten(0, (-1, frames)).transpose(1, 2))  # b c f h w
+        return y.transpose(1, 2).flatten(0, 1)
 
 
 class VideoResnetBlock(ResnetBlock2D):

@@ -69,7 +69,7 @@ def test_a_gpus_programs_lie_beside_others_and_edit_within_fp16s_error(
     assert read_json(folder / "manifest.json")["machine"]["form"] == "x86_64-sm90-fp16"
     assert {name: result.tolerance for name, result in found.items()} == parity.HALF_TOLERANCES
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "form_of", lambda _device: "x86_64-fp32")
+        patch.setattr(engine, "form_of", lambda _device: "x86_64-fp32-nhwc")
         reason = str(engine.why_not(exported.base, info_of(clip), CPU))
         assert "no programs for torch" in reason and f"there are {folder.name}" in reason
 

@@ -367,7 +367,8 @@ RSS = """
 import dataclasses, resource, sys
 import psutil, torch
 from diffusers import UNet2DConditionModel
-from tav_opt import memory, models, tuning
+from tav_opt import models, tuning
+from tav_opt.memory import eager
 from tav_opt.config import TrainConfig
 from tav_opt.unet import inflate
 
@@ -384,7 +385,7 @@ latents, text = torch.randn(1, 4, 8, 32, 32), torch.randn(1, 77, 128)
 draw = tuning.seeded_draw(33, latents, sd.schedule)
 tuning.train_step(tuning.begin(sd.unet, config), sd.unet, latents, text, sd.schedule, config, draw)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-print(peak, memory.estimate_tuning(sd, config, 8, 256, 256))
+print(peak, eager.estimate_tuning(sd, config, 8, 256, 256))
 """
 
 

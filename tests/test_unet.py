@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 
 from tav_opt.config import InputError
 from tav_opt.models import load_video_unet
-from tav_opt.unet import clip_value_names, inflate, trained_names
+from tav_opt.unet import ClipGroupNorm, clip_value_names, inflate, trained_names
 
 PAPER = ("attn1.to_q", "attn2.to_q", "attn_temp")
 TINY = {
@@ -72,6 +72,33 @@ def test_gradient_checkpointing_changes_no_gradient(golden, tensors):
     again = torch.autograd.grad(mse_loss(unet(*inputs), tensors["forward0.output"] + 1), parameters)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in zip(plain, again, strict=True))
     assert any(g.abs().max() > 0 for g in again)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_a_clips_norm_is_one_group_norm_over_its_frames_in_any_layout(last):
+    """Against the definition in float64: mean and variance over a group's channels, all frames and pixels."""
+    torch.manual_seed(0)
+    norm = ClipGroupNorm(4, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(6, 8, 5, 4) * 3 + 1  # two clips of 3 frames
+    given = x.contiguous(memory_format=torch.channels_last) if last else x
+    groups = x.double().view(2, 3, 4, 2, 20).transpose(1, 2).flatten(2)  # b, groups, f · c/groups · h w
+    centred = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    truth = centred.view(2, 4, 3, 2, 20).transpose(1, 2).reshape(6, 8, 5, 4)
+    truth = truth * norm.weight.double().view(-1, 1, 1) + norm.bias.double().view(-1, 1, 1)
+    found = norm.over(given, 3)
+    torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def test_channels_come_last_from_the_first_convolution_to_the_last_norm(golden):
+    unet = load_video_unet(golden / "reference_checkpoint" / "sd")
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in unet.parameters() if p.ndim == 4)
+    seen = []
+    unet.conv_norm_out.register_forward_hook(lambda _module, given, _found: seen.append(given[0]))
+    unet(torch.randn(1, 4, 3, 8, 8), torch.tensor([5]), torch.randn(1, 16, 32))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
 
 
 def test_clips_of_a_batch_do_not_see_each_other(golden, tensors):

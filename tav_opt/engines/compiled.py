@@ -39,9 +39,12 @@ def precision(_base: Path, device: torch.device) -> str:
 
 
 def form_of(device: torch.device) -> str:
-    """What programs are compiled for, shortly: `x86_64-fp32` for a processor, `x86_64-sm90-fp16` for a GPU."""
+    """What programs are compiled for, shortly: `x86_64-fp32-nhwc` for a processor, `x86_64-sm90-fp16` for a GPU.
+
+    The layout is in it since a processor's programs were once compiled for convolutions whose channels come first.
+    """
     if device.type != "cuda":
-        return f"{platform.machine()}-fp32"
+        return f"{platform.machine()}-fp32-nhwc"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{platform.machine()}-sm{major}{minor}-fp16"
 
@@ -214,6 +217,5 @@ def opened(path: Path, name: str, weights: Mapping[str, Tensor], device: torch.d
 
 
 def laid_out(weight: Tensor, device: torch.device) -> Tensor:
-    """A weight on its device as the programs were compiled for it: in fp16, a convolution's channels come last."""
-    last = weight.ndim == 4 and weight.dtype == torch.float16
-    return weight.to(device, memory_format=torch.channels_last if last else torch.preserve_format)
+    """A weight on its device as the programs were compiled for it: a convolution's channels come last."""
+    return weight.to(device, memory_format=torch.channels_last if weight.ndim == 4 else torch.preserve_format)
