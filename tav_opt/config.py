@@ -245,7 +245,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
     autocast: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision."""
+    """Mixed precision: the UNet computes in it, beside float32 masters of what trains; no: in its weights' dtype."""
     seed: Seed = 33
     """Of the noise, the timesteps, and what starts at random."""
     preview_every: Index = 0

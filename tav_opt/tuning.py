@@ -25,7 +25,7 @@ from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.files import DESCRIPTION, check_place
 from tav_opt.memory import eager
 from tav_opt.models import StableDiffusion
-from tav_opt.tuning_step import Training, autocast, begin, restore, seeded_draw, state_of, train_step
+from tav_opt.tuning_step import Training, begin, restore, seeded_draw, state_of, train_step
 from tav_opt.unet import clip_value_names
 from tav_opt.video import Clip, contact_sheet
 
@@ -36,13 +36,24 @@ OnStep = Callable[[Stage, int, int, float], object]
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """On CUDA some backward passes add in no fixed order unless told to; on CPU ours all do."""
+    """On CUDA some operators add in no fixed order unless told to, or have no other way: an error; on CPU ours all do.
+
+    cuBLAS reads its variable when it starts, with the first product on a GPU; what the user has set stays.
+    """
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic  # type: ignore[attr-defined]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
+    filled, settings.fill_uninitialized_memory = (
+        settings.fill_uninitialized_memory,
+        False,
+    )  # one more write of everything
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filled
 
 
 def check(config: TrainConfig, prompt: str) -> None:
@@ -73,9 +84,11 @@ def tune(
 ) -> Checkpoint:
     """Tunes a Stable Diffusion model on a clip and its caption, inverts the clip with it, writes the checkpoint `out`.
 
-    `dtype` is that of the frozen weights, the device's own unless given (device.dtype_on); `source` is kept as a note
+    `dtype` is what the networks compute in, the device's own unless given (device.dtype_on); what trains has float32
+    masters in any case, and they are what the checkpoint keeps. `source` is kept as a note
     of where the frames came from, `edit` as the clip's own settings of edits (contract.EDIT_DEFAULTS). A run that was
-    stopped goes on where its last state was, to the same weights bit for bit (same machine, same number of threads).
+    stopped goes on where its last state was: on processors to the same weights bit for bit (same machine, same number
+    of threads); GPUs are asked for the same, which none has shown yet.
     Ctrl-C and SIGTERM save the state after the present step, then raise Interrupted. With a constant learning rate a
     run whose state is there can go on to more steps, a finished one too (`config.keep_state`).
     Raises InputError for bad settings or input, too little memory, a full disk, a folder that holds a finished
@@ -155,11 +168,10 @@ def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig)
 
 
 class _Tuning(TorchEngine):
-    """The clip on the model that is being tuned, whose masters are float32 beside frozen halves."""
+    """The clip on the model that is being tuned: the loop's latents are float32, whatever the UNet computes in."""
 
     def predict(self, latents: Tensor, timestep: ddim.Timestep, text: Tensor) -> Tensor:
-        with autocast(self.sd.unet):
-            return super().predict(latents, timestep, text).float()
+        return super().predict(latents, timestep, text).float()
 
 
 def _info(model: str, settings: dict[str, Any], clip: Clip, edit: dict[str, Any]) -> ClipInfo:
@@ -243,10 +255,10 @@ class _Run:
 
     def finish(self, training: Training, settings: dict[str, Any]) -> None:
         """Inverts the clip with the values as they will be read back, and writes all files, the description last."""
-        own = dict(self.engine.sd.unet.named_parameters())
-        values = {name: own[name] for name in clip_value_names(self.engine.sd.unet, self.config.trainable)}
-        for value in values.values():
-            value.data.copy_(value.half())
+        unet = self.engine.sd.unet
+        found = {**dict(unet.named_parameters()), **training.trained}
+        values = {name: found[name].detach().half() for name in clip_value_names(unet, self.config.trainable)}
+        models.put_values(unet, values)
         loss = training.losses[-1]
         engine = self.inverted(lambda step: self.on_step("invert", step.number, step.total, loss))
         plots.save_losses(training.losses, self.out)

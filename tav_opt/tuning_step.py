@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ Draw = Callable[[int, int], tuple[Tensor, Tensor]]
 """`draw(step, micro_step) -> noise (b,c,f,h,w), timesteps (b,)`: always the same for the same numbers."""
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
@@ -27,32 +28,59 @@ class Training:
     """All that the next step depends on; `resume` keeps it on disk."""
 
     trained: dict[str, nn.Parameter]
-    """fp32 masters by name: the UNet's own parameters."""
+    """fp32 masters by name: the UNet's own parameters, or what stands beside them where those are halves."""
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     losses: list[float]
+    halves: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The UNet's own parameters by name where it computes in half precision: copies of the masters."""
 
     @property
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The UNet's own parameters that train, by name."""
+        return self.halves or self.trained
+
+    def gather(self) -> None:
+        """Adds the halves' gradients to those of their masters, in float32, and drops them."""
+        for name, half in self.halves.items():
+            if half.grad is None:
+                continue
+            gradient, half.grad = half.grad.float(), None
+            master = self.trained[name]
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def spread(self) -> None:
+        """Copies the masters into their halves."""
+        for name, half in self.halves.items():
+            half.data.copy_(self.trained[name].data)
+
 
 def begin(unet: VideoUNet, config: TrainConfig) -> Training:
-    """Makes the UNet trainable in place: the chosen parameters in float32, the others frozen as they are."""
+    """Makes the UNet trainable in place, in the dtype that it is to compute in; all but the chosen parameters frozen.
+
+    In half precision float32 masters of those train beside it (Micikevicius et al., Mixed Precision Training, 2018).
+    """
+    dtype = compute_dtype(unet, config)
     unet.requires_grad_(False)
     own = dict(unet.named_parameters())
-    trained = {name: own[name] for name in trained_names(unet, config.trainable)}
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
+    chosen = {name: own[name] for name in trained_names(unet, config.trainable)}
+    halves = {} if dtype == torch.float32 else chosen
+    trained = {name: nn.Parameter(half.data.float()) for name, half in halves.items()} or chosen
+    unet.to(dtype)  # after the masters have been taken
+    for parameter in chosen.values():
         parameter.requires_grad_()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps, fused=True
     )
-    scaler = torch.amp.GradScaler(unet.device.type, enabled=_half(unet, config) == torch.float16)
-    return Training(trained, optimizer, scaler, [])
+    scaler = torch.amp.GradScaler(unet.device.type, enabled=dtype == torch.float16)
+    return Training(trained, optimizer, scaler, [], halves)
 
 
 def train_step(
@@ -73,9 +101,9 @@ def train_step(
     total = 0.0
     for micro in range(config.accumulation):
         noise, timesteps = draw(training.step, micro)
-        with autocast(unet, config):
-            loss = denoising_loss(unet, latents, text, schedule, noise, timesteps) / config.accumulation
+        loss = denoising_loss(unet, latents, text, schedule, noise, timesteps) / config.accumulation
         training.scaler.scale(loss).backward()
+        training.gather()
         total += loss.item()
     if not math.isfinite(total):
         raise InputError(f"loss became {total} at step {training.step + 1}: lower the learning rate ({config.lr})")
@@ -83,6 +111,7 @@ def train_step(
     nn.utils.clip_grad_norm_(training.trained.values(), config.clip_norm)
     training.scaler.step(training.optimizer)
     training.scaler.update()
+    training.spread()
     training.optimizer.zero_grad()
     training.losses.append(total)
     return total
@@ -125,17 +154,9 @@ def lr_factor(config: TrainConfig, step: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def _half(unet: VideoUNet, config: TrainConfig | None = None) -> torch.dtype | None:
-    """What autocast computes in: what is asked for, or the dtype of frozen weights that are no float32."""
-    frozen = unet.conv_in.weight.dtype
-    asked = None if config is None else _HALF.get(config.autocast)
-    return asked or (None if frozen == torch.float32 else frozen)
-
-
-def autocast(unet: VideoUNet, config: TrainConfig | None = None) -> torch.autocast:
-    """For calls of a UNet whose masters are float32 beside frozen halves, or that shall compute in halves."""
-    dtype = _half(unet, config)
-    return torch.autocast(unet.device.type, dtype, enabled=dtype is not None)
+def compute_dtype(unet: VideoUNet, config: TrainConfig) -> torch.dtype:
+    """What the UNet computes in while it is tuned: the half precision that is asked for, else its own dtype."""
+    return _HALF.get(config.autocast, unet.conv_in.weight.dtype)
 
 
 def state_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,10 +171,15 @@ def state_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restore(training: Training, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
     """Puts a saved state into a training that has just begun; raises InputError where it is another model's."""
+    # While the loss's scale has not found its place no step changes anything, and there are no moments yet.
+    begun = not extra["scaler"] or any(
+        f"{moment}.{name}" in tensors for moment in _MOMENTS for name in training.trained
+    )
+    moments = _MOMENTS if begun else ()
     shapes = {"losses": None} | {
         f"{part}.{name}": parameter.shape if part != "step" else torch.Size()
         for name, parameter in training.trained.items()
-        for part in ("master", "exp_avg", "exp_avg_sq", "step")
+        for part in ("master", *moments)
     }
     for name, shape in shapes.items():
         if name not in tensors or shape not in (None, tensors[name].shape):
@@ -162,8 +188,9 @@ def restore(training: Training, tensors: dict[str, Tensor], extra: dict[str, Any
     training.scaler.load_state_dict(extra["scaler"])
     for name, parameter in training.trained.items():
         parameter.data.copy_(tensors[f"master.{name}"])
-        # Cloned: what lies in the file is not aligned as PyTorch's own memory is, and sums may depend on that.
-        training.optimizer.state[parameter] = {
-            moment: tensors[f"{moment}.{name}"].clone().to(parameter.device)
-            for moment in ("step", "exp_avg", "exp_avg_sq")
-        }
+        if moments:
+            # Cloned: what lies in the file is not aligned as PyTorch's own memory is, and sums may depend on that.
+            training.optimizer.state[parameter] = {
+                moment: tensors[f"{moment}.{name}"].clone().to(parameter.device) for moment in moments
+            }
+    training.spread()

@@ -73,7 +73,10 @@ class VideoUNet(UNet2DConditionModel):
         return super().get_time_embed(sample[: timestep.shape[0]], timestep)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w)."""
+        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype."""
+        dtype = self.conv_in.weight.dtype
+        if latents.dtype != dtype or text.dtype != dtype:
+            latents, text = latents.to(dtype), text.to(dtype)
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)

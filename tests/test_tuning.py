@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -181,16 +182,98 @@ def test_accumulated_gradient_is_that_of_the_mean_loss(golden: Path) -> None:
         assert (moment - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_autocast_trains_masters_in_float32(golden: Path, precision: str) -> None:
+HALVES = pytest.mark.parametrize("precision, half", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+
+
+@HALVES
+def test_half_precision_has_masters_in_float32(
+    golden: Path, precision: str, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = steps_of(golden, TrainConfig(steps=3, lr=1e-4))
+    monkeypatch.setattr(torch, "autocast", None)  # which would cast every weight every step
     training = steps_of(golden, TrainConfig(steps=3, lr=1e-4, autocast=precision))  # type: ignore[arg-type]
     assert all(value.dtype == torch.float32 for value in training.trained.values())
+    assert {value.dtype for value in training.halves.values()} == {half} and not exact.halves
     assert training.scaler.is_enabled() == (precision == "fp16")
     assert training.losses != exact.losses, "nothing ran in half precision"
     assert np.allclose(training.losses, exact.losses, rtol=0.02)
     moved = [(value - exact.trained[name]).abs().max().item() for name, value in training.trained.items()]
     assert max(moved) <= 6.1e-4  # Adam moves a value by at most lr a step, either way
+    for name, value in training.halves.items():
+        assert torch.equal(value, training.trained[name].to(half)) and value.grad is None, name
+    assert any(not torch.equal(value, value.to(half).float()) for value in training.trained.values())
+
+
+@HALVES
+def test_the_frozen_weights_dtype_is_computed_in(golden: Path, precision: str, half: torch.dtype) -> None:
+    """Masters of weights that were halves; the gradients of several draws add up in float32."""
+    unet, latents, text, schedule = small(golden)
+    training = tuning.begin(unet.to(half), TrainConfig(steps=2, accumulation=2))
+    assert {value.dtype for value in unet.parameters()} == {half}
+    assert training.scaler.is_enabled() == (precision == "fp16") and len(training.halves) == len(training.trained)
+    draw, config = tuning.seeded_draw(33, latents, schedule), TrainConfig(accumulation=2, clip_norm=math.inf)
+    parts = []
+    for micro in range(2):
+        loss = tuning_step.denoising_loss(unet, latents, text, schedule, *draw(0, micro)) / 2
+        scaled = training.scaler.scale(loss)
+        gradients = torch.autograd.grad(scaled, list(training.halves.values()))
+        parts.append([gradient.float() / (scaled / loss).item() for gradient in gradients])
+    tuning.train_step(training, unet, latents, text, schedule, config, draw)
+    assert training.step == 1
+    for (name, master), *gradients in zip(training.trained.items(), *parts, strict=True):
+        moment = training.optimizer.state[master]["exp_avg"] / (1 - config.betas[0])
+        assert (moment - sum(gradients)).norm() <= 1e-5 * moment.norm() + 1e-9, name
+
+
+def test_a_state_without_moments_is_gone_on_from(golden: Path) -> None:
+    """Saved before the loss's scale has found its place: no step has changed anything."""
+    config = TrainConfig(steps=2, autocast="fp16")
+    unet, latents, text, schedule = small(golden)
+    training = tuning.begin(unet, config)
+    training.losses.append(1.0)
+    tensors, extra = tuning_step.state_of(training)
+    assert not [name for name in tensors if name.startswith("exp_avg")]
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    unet, other = small(golden)[0], tuning.begin(small(golden)[0], config)
+    again = tuning.begin(unet, config)
+    with torch.no_grad():
+        next(iter(again.trained.values())).zero_()
+    tuning_step.restore(again, tensors, extra)
+    assert again.step == 1 and all(torch.equal(value, other.halves[name]) for name, value in again.halves.items())
+    tuning.train_step(again, unet, latents, text, schedule, config, tuning.seeded_draw(33, latents, schedule))
+    with pytest.raises(InputError, match=r"exp_avg\..* is missing or another"):
+        tuning_step.restore(again, tensors, {"scaler": {}})
+
+
+def test_the_checkpoint_holds_the_masters(base: str, tmp_path: Path) -> None:
+    """And is inverted by what is read back, in the precision that the clip was tuned in."""
+    config = replace(QUICK, steps=2, autocast="bf16", preview_every=2, preview_prompts=("a dog",), keep_state=True)
+    tuned = tuning.tune(base, clip(), PROMPT, config, tmp_path / "ckpt")
+    state = load_file(tmp_path / "ckpt" / tuning_state.STATE)
+    masters = {name.removeprefix("master."): x for name, x in state.items() if name.startswith("master.")}
+    assert masters and all(torch.equal(tuned.values[name], value.half()) for name, value in masters.items())
+    sd = models.load(base)
+    sd.unet.to(torch.bfloat16)
+    models.put_values(sd.unet, tuned.values)
+
+    def predict(latents: torch.Tensor, timestep: ddim.Timestep, text: torch.Tensor) -> torch.Tensor:
+        return sd.predict(latents, timestep, text).float()
+
+    source = models.encode_video(sd, clip().frames)
+    inverted = ddim.invert(predict, source, models.encode_prompt(sd, [""]), sd.schedule, 2)
+    assert torch.equal(inverted, tuned.inverted_latents)
+
+
+def test_determinism_is_strict_on_gpus_and_ends_with_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = torch.utils.deterministic  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = settings.fill_uninitialized_memory
+    with tuning.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not settings.fill_uninitialized_memory and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory == before
 
 
 def test_draws_depend_on_seed_step_and_micro_step_alone(golden: Path) -> None:

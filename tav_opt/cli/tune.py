@@ -36,7 +36,7 @@ class Tune:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
     dtype: Dtype = "auto"
-    """Of the frozen weights; what trains is float32. auto: float16 on GPUs, float32 elsewhere."""
+    """What the networks compute in; what trains has float32 masters. auto: float16 on GPUs, float32 elsewhere."""
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.memory.free import free_bytes
 from tav_opt.models import StableDiffusion
+from tav_opt.tuning_step import compute_dtype
 from tav_opt.unet import VideoResnetBlock, VideoUNet, trained_names
 
 # Kept for backward, in values per value of a module's input: counted with autograd's saved_tensors_hooks.
@@ -25,14 +26,14 @@ _LIBRARIES = 128 * 2**20
 
 def estimate_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: int, width: int) -> int:
     """Bytes that tuning will need at its peak, the loaded model included (frames of height × width pixels)."""
-    weights = sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
+    dtype = compute_dtype(sd.unet, config)
+    weights = sum(_bytes(part) for part in (sd.vae, sd.text_encoder)) + _values(sd.unet) * dtype.itemsize
     own = dict(sd.unet.named_parameters())
-    trained = [own[name] for name in trained_names(sd.unet, config.trainable)]
-    # fp32: gradient, two moments, and the copy that clipping and saving make; and the master where it was half.
-    training = sum(p.numel() * (4 * 4 + 4 * (p.element_size() < 4)) for p in trained)
+    trained = sum(own[name].numel() for name in trained_names(sd.unet, config.trainable))
+    # fp32: gradient, two moments, and the copy that clipping and saving make; beside halves masters and own gradients.
+    training = trained * (4 * 4 + (4 + dtype.itemsize if dtype != torch.float32 else 0))
     latent_pixels = frames * height * width // sd.vae_factor**2
-    half = config.autocast != "no" or sd.unet.dtype != torch.float32
-    activations = _activations(sd.unet, latent_pixels, config.gradient_checkpointing) * (3 if half else 4)
+    activations = _activations(sd.unet, latent_pixels, config.gradient_checkpointing) * dtype.itemsize
     vae = _vae(sd, _VAE_DECODE if config.preview_every else _VAE_ENCODE, frames, height, width)
     return weights + _LIBRARIES + max(training + activations, vae)
 
@@ -79,6 +80,10 @@ def _parts(unet: VideoUNet, latent_pixels: int) -> Iterator[tuple[int, int]]:
                 yield (module.in_channels + module.out_channels) // 2 * pixels, _RESNET
             elif isinstance(module, Transformer2DModel):
                 yield module.in_channels * pixels * len(module.transformer_blocks), _TRANSFORMER
+
+
+def _values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _bytes(module: nn.Module) -> int:
