@@ -87,7 +87,7 @@ def _edit(ckpt: Path) -> int:
 
 
 def _tune(case: Case, base: str, out: Path) -> int:
-    estimates = _noted("check_tuning", eager.estimate_tuning)
+    estimates = _noted("fit_tuning", eager.estimate_tuning)
     pixels = np.random.default_rng(0).integers(0, 256, (case.frames, case.size, case.size, 3), dtype=np.uint8)
     config = TrainConfig(steps=2, inversion_steps=2, gradient_checkpointing="checkpointing" in case.action)
     tuning.tune(base, Clip(frames=pixels, fps=8.0), "a red thing", config, out)
@@ -102,10 +102,11 @@ def _noted(check: str, estimate: Callable[..., int]) -> list[int]:
     estimates: list[int] = []
     checked = getattr(eager, check)
 
-    def noted(*arguments: object) -> None:
-        checked(*arguments)
+    def noted(*arguments: object) -> object:
+        found = checked(*arguments)
         estimates.append(estimate(*arguments))
         Path("/proc/self/clear_refs").write_text("5")
+        return found
 
     setattr(eager, check, noted)
     return estimates

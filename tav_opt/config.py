@@ -242,8 +242,8 @@ class TrainConfig(Config):
     """Gradient accumulation: noise draws per optimiser step."""
     trainable: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
     """Which parameters train, by the name of their module."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations twice, not keep them: less memory, more time; default: only where memory asks for it."""
     autocast: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision: the UNet computes in it, beside float32 masters of what trains; no: in its weights' dtype."""
     seed: Seed = 33

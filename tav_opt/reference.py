@@ -176,6 +176,6 @@ def _as(hint: Any, name: str, value: Any) -> Any:
         except (TypeError, ValueError):
             raise wrong from None
     kind = str if hint is Path else hint
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind, *args)):
         raise wrong
     return hint(value) if hint is Path else value

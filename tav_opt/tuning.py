@@ -105,7 +105,9 @@ def tune(
         frames, height, width, _ = clip.frames.shape
         models.check_size(height, width, sd.vae_factor)
         sd.schedule.timesteps(config.inversion_steps)  # too many are refused now, not after tuning
-        eager.check_tuning(sd, config, frames, height, width)
+        if config.gradient_checkpointing is None:  # a stopped run goes on as it began, whatever is free now
+            config = replace(config, gradient_checkpointing=tuning_state.settings(out).get("gradient_checkpointing"))
+        config = eager.fit_tuning(sd, config, frames, height, width)
         settings = _settings(sd, clip, prompt, config)
         training = begin(sd.unet, config)
         # With a constant rate no step depends on how many follow.

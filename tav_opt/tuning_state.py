@@ -115,6 +115,12 @@ def load(
     return tensors, extra
 
 
+def settings(folder: Path) -> dict[str, Any]:
+    """Those of the run whose state is there, or none; raises InputError for a file that is no state."""
+    path = folder / STATE
+    return _told(path)[0] if path.is_file() else {}
+
+
 def _told(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the extra in a state's file; raises InputError for a file that is no state."""
     with safe_open(path, "pt") as file:

@@ -15,6 +15,8 @@ import torch
 from tav_opt import checkpoint, cli, tuning, tuning_state
 from tav_opt.command import Interrupted
 from tav_opt.config import InputError, TrainConfig
+from tav_opt.files import read_json
+from tav_opt.memory import eager
 from tav_opt.video import Clip, write
 
 PROMPT = "a panda is skiing"
@@ -209,3 +211,53 @@ def test_killed_while_a_longer_run_replaces_a_finished_one(base, tmp_path, in_on
     assert not checkpoint.is_checkpoint(out)
     assert tuned(base, out, QUICK) == [("invert", 1), ("invert", 2)]
     assert files(out) == in_one_go
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough with gradient checkpointing alone."""
+    estimate = eager.estimate_tuning
+    monkeypatch.setattr(eager, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(
+        eager,
+        "estimate_tuning",
+        lambda sd, config, *size: estimate(sd, config, *size) + 2**50 * (not config.gradient_checkpointing),
+    )
+
+
+OPTIONS = "--frames 2 --stride 1 --height 32 --width 32 --steps 2 --inversion-steps 2 --prompt x --keep-state".split()
+
+
+@pytest.mark.parametrize(
+    "switch, kept",
+    [(["auto"], True), (["--steps", "1"], True), (["off"], None), (["maybe"], None)],
+    ids=str,
+)
+def test_the_command_chooses_gradient_checkpointing(base, tmp_path, capsys, caplog, little_memory, switch, kept):
+    """Unless told; what it has chosen stands in the checkpoint, and one line says so."""
+    write(tmp_path / "clip.mp4", CLIP.frames, 8)
+    given = ["tune", "--model", base, "--video", str(tmp_path / "clip.mp4"), "--out", str(tmp_path / "ckpt"), *OPTIONS]
+    try:
+        status = cli.main([*given, "--gradient-checkpointing", *switch])
+    except SystemExit as end:  # of tyro
+        status = end.code
+    error = capsys.readouterr().err
+    if kept is None:
+        assert status == 2 and not (tmp_path / "ckpt").exists()
+        assert "try gradient checkpointing or fewer" in error or "invalid choice 'maybe'" in error
+        return
+    assert status == 0
+    assert read_json(tmp_path / "ckpt" / "checkpoint.json")["settings"]["gradient_checkpointing"] is kept
+    said = "gradient checkpointing is on: without it tuning needs about 1048576.1 GiB, cpu has 1024.0 GiB"
+    assert [record.getMessage() for record in caplog.records] == ([said] if switch == ["auto"] else [])
+
+
+def test_a_run_goes_on_with_the_gradient_checkpointing_that_it_began_with(base, tmp_path, monkeypatch, little_memory):
+    """Whatever memory is free then; by the same steps, which round alike on a processor."""
+    out, config = tmp_path / "ckpt", replace(KEPT, steps=2)
+    tuned(base, out, config)
+    monkeypatch.setattr(eager, "free_bytes", lambda device: 2**60)
+    tuned(base, out, KEPT)
+    assert read_json(out / "checkpoint.json")["settings"]["gradient_checkpointing"] is True
+    with pytest.raises(InputError, match="a run with gradient_checkpointing True, not False"):
+        tuned(base, out, replace(KEPT, steps=5, gradient_checkpointing=False))

@@ -441,9 +441,41 @@ def test_too_little_memory_is_said_before_anything_runs(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eager, "free_bytes", lambda device: 2**20)
-    with pytest.raises(InputError, match=r"tuning 3 frames of 64×64 needs about .* try gradient checkpointing"):
-        tuning.tune(base, clip(), PROMPT, QUICK, tmp_path / "ckpt")
-    assert not (tmp_path / "ckpt").exists()
+    for told, words in (
+        (False, "try gradient checkpointing or fewer"),
+        (None, "with gradient checkpointing, .* fewer"),
+    ):
+        with pytest.raises(InputError, match=f"tuning 3 frames of 64×64 needs about .*{words}"):
+            tuning.tune(base, clip(), PROMPT, replace(QUICK, gradient_checkpointing=told), tmp_path / "ckpt")
+        assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("told", [None, False, True])
+@pytest.mark.parametrize("enough", ["for either", "with it alone", "for neither"])
+def test_gradient_checkpointing_is_on_where_memory_asks_for_it(
+    base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, told: bool | None, enough: str
+) -> None:
+    sd, config = models.load(base), TrainConfig(gradient_checkpointing=told)
+    sizes = {
+        on: eager.estimate_tuning(sd, replace(config, gradient_checkpointing=on), 8, 512, 512) for on in (False, True)
+    }
+    assert (
+        sizes[True]
+        < sizes[False]
+        == eager.estimate_tuning(sd, replace(config, gradient_checkpointing=None), 8, 512, 512)
+    )
+    has = {"for either": sizes[False], "with it alone": sizes[True], "for neither": sizes[True] - 1}[enough]
+    loaded = sum(p.nbytes for part in (sd.unet, sd.vae, sd.text_encoder) for p in part.parameters())
+    monkeypatch.setattr(eager, "free_bytes", lambda device: has - loaded)
+    if enough == "for neither" or (enough, told) == ("with it alone", False):
+        with pytest.raises(InputError, match="tuning 8 frames of 512×512 needs about"):
+            eager.fit_tuning(sd, config, 8, 512, 512)
+        return
+    found = eager.fit_tuning(sd, config, 8, 512, 512)
+    assert found == replace(config, gradient_checkpointing=told if told is not None else enough == "with it alone")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (told is None and enough == "with it alone")
+    assert not said or said[0].startswith("gradient checkpointing is on: without it tuning needs about ")
 
 
 RSS = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from diffusers.models.transformers import Transformer2DModel
@@ -22,10 +24,14 @@ _FORWARD = 16
 """Values per value of its input that the largest part holds at once without backward: its feed-forward, and copies."""
 _LIBRARIES = 128 * 2**20
 """What the first step loads and compiles."""
+_log = logging.getLogger(__name__)
 
 
 def estimate_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: int, width: int) -> int:
-    """Bytes that tuning will need at its peak, the loaded model included (frames of height × width pixels)."""
+    """Bytes that tuning will need at its peak, the loaded model included (frames of height × width pixels).
+
+    Gradient checkpointing that nobody has decided on counts as off.
+    """
     dtype = compute_dtype(sd.unet, config)
     weights = sum(_bytes(part) for part in (sd.vae, sd.text_encoder)) + _values(sd.unet) * dtype.itemsize
     own = dict(sd.unet.named_parameters())
@@ -33,7 +39,7 @@ def estimate_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, heigh
     # fp32: gradient, two moments, and the copy that clipping and saving make; beside halves masters and own gradients.
     training = trained * (4 * 4 + (4 + dtype.itemsize if dtype != torch.float32 else 0))
     latent_pixels = frames * height * width // sd.vae_factor**2
-    activations = _activations(sd.unet, latent_pixels, config.gradient_checkpointing) * dtype.itemsize
+    activations = _activations(sd.unet, latent_pixels, bool(config.gradient_checkpointing)) * dtype.itemsize
     vae = _vae(sd, _VAE_DECODE if config.preview_every else _VAE_ENCODE, frames, height, width)
     return weights + _LIBRARIES + max(training + activations, vae)
 
@@ -90,21 +96,25 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def check_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: int, width: int) -> None:
-    """Raises InputError when tuning needs more memory than the device has free, saying what would need less."""
-    needed = estimate_tuning(sd, config, frames, height, width)
-    loaded = sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
-    free = free_bytes(sd.unet.device) + loaded
-    if needed > free:
-        hint = (
-            "fewer frames or a smaller size"
-            if config.gradient_checkpointing
-            else "gradient checkpointing or fewer frames"
-        )
-        raise InputError(
-            f"tuning {frames} frames of {width}×{height} needs about {needed / 2**30:.1f} GiB, "
-            f"{sd.unet.device.type} has {free / 2**30:.1f} GiB: try {hint}"
-        )
+def fit_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: int, width: int) -> TrainConfig:
+    """The configuration with gradient checkpointing decided: unless told, on exactly where tuning fits with it alone.
+
+    Raises InputError when tuning needs more memory than the device has free, saying what would need less.
+    """
+    free = free_bytes(sd.unet.device) + sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
+    told = config.gradient_checkpointing
+    choices = [replace(config, gradient_checkpointing=on) for on in ((False, True) if told is None else (told,))]
+    needed = [estimate_tuning(sd, choice, frames, height, width) for choice in choices]
+    has = f"{sd.unet.device.type} has {free / 2**30:.1f} GiB"
+    fitting = [choice for choice, size in zip(choices, needed, strict=True) if size <= free]
+    if not fitting:
+        hint = "gradient checkpointing or fewer frames" if told is False else "fewer frames or a smaller size"
+        most = "" if told is False else " with gradient checkpointing"
+        size = f"{needed[-1] / 2**30:.1f} GiB{most}"
+        raise InputError(f"tuning {frames} frames of {width}×{height} needs about {size}, {has}: try {hint}")
+    if len(fitting) < len(choices):
+        _log.warning("gradient checkpointing is on: without it tuning needs about %.1f GiB, %s", needed[0] / 2**30, has)
+    return fitting[0]
 
 
 def check_editing(sd: StableDiffusion, frames: int, height: int, width: int) -> None:
