@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
 from tav_opt.config import InputError
+from tav_opt.kernels.group_norm import group_norm
+from tav_opt.kernels.inputs import on_kernel
 
 
 class ClipGroupNorm(nn.GroupNorm):
@@ -29,10 +32,18 @@ class ClipGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.GroupNorm's own name)
         return self.over(input, self.frames)
 
-    def over(self, x: Tensor, frames: int) -> Tensor:
-        """x (b f) c h w → the same shape; where its channels come last, nothing is copied."""
-        y = super().forward(x.unflatten(0, (-1, frames)).transpose(1, 2))  # b c f h w
-        return y.transpose(1, 2).flatten(0, 1)
+    def over(self, x: Tensor, frames: int, *, silu: bool = False) -> Tensor:
+        """x (b f) c h w → the same shape, through SiLU if asked; where its channels come last, nothing is copied."""
+        return group_norm(x, self.weight, self.bias, frames, self.num_groups, self.eps, silu=silu)
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm of each frame, as the image model has it, by the kernel of clips of one frame where that runs."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.GroupNorm's own name)
+        if on_kernel(input):
+            return group_norm(input, self.weight, self.bias, 1, self.num_groups, self.eps)
+        return super().forward(input)
 
 
 class VideoResnetBlock(ResnetBlock2D):
@@ -44,12 +55,17 @@ class VideoResnetBlock(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         """input_tensor (b f) c h w, temb (b, d) one row a clip → (b f) c' h w."""
         frames = input_tensor.shape[0] // temb.shape[0]
-        x = self.conv1(self.nonlinearity(self.norm1.over(input_tensor, frames)))
+        x = self.conv1(self._activated(self.norm1, input_tensor, frames))
         time = self.time_emb_proj(self.nonlinearity(temb)).repeat_interleave(frames, 0)  # (b f) c'
-        x = self.norm2.over(x + time[:, :, None, None], frames)
-        x = self.conv2(self.dropout(self.nonlinearity(x)))
+        x = self.conv2(self.dropout(self._activated(self.norm2, x + time[:, :, None, None], frames)))
         residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return (residual + x) / self.output_scale_factor
+
+    def _activated(self, norm: ClipGroupNorm, x: Tensor, frames: int) -> Tensor:
+        """The norm and what follows it, in one where that is SiLU."""
+        if isinstance(self.nonlinearity, nn.SiLU):
+            return norm.over(x, frames, silu=True)
+        return self.nonlinearity(norm.over(x, frames))
 
 
 class VideoUpsample(Upsample2D):
@@ -98,6 +114,8 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
         elif isinstance(module, ResnetBlock2D):
             module.__class__ = VideoResnetBlock
             module.norm1.__class__ = module.norm2.__class__ = ClipGroupNorm
+        elif isinstance(module, Transformer2DModel):
+            module.norm.__class__ = FrameGroupNorm
         elif isinstance(module, Upsample2D):
             module.__class__ = VideoUpsample
     unet.conv_norm_out.__class__ = ClipGroupNorm

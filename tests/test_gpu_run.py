@@ -92,6 +92,11 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert {"exact: eager", "fast: compiled + CUDA graph", "draft: channels-last"} <= {
         row["row"] for row in found["edit"]
     }
+    assert [row["row"] for row in found["step"]][1:4] == ["eager", "channels-last", "+ GroupNorm kernel"]
+    norms = {row["row"]: row["figures"] for row in found["groupnorm"]}
+    assert norms["c 32, 8²: ours"]["error"] == 0, "the naive twin, which a processor takes"
+    assert norms["the norms of a guided step"].keys() == {"ours, ms", "PyTorch's, ms", "× PyTorch's"}
+    assert {"× PyTorch's", "ms"} <= norms["c 64, 8², forward and backward: ours"].keys()
     assert {row["left_out"] for row in found["tests"] if "left_out" in row} == {"Skipped: needs a CUDA GPU"}
 
 

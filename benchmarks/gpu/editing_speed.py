@@ -80,8 +80,9 @@ def ways(work: Work, report: Report, *, compile_it: bool = True) -> Iterator[Way
     """Ours, each on top of the one before, then the peers: to be made and used in this order."""
     sd = work.sd
     unet = cache(lambda: compiled_unet(sd, report) if compile_it else channels_last(sd).unet)
-    yield Way(name="eager", ours=True, make=lambda: sd.predict)
-    yield Way(name="channels-last", ours=True, make=lambda: channels_last(sd).predict)
+    yield Way(name="eager", ours=True, make=lambda: by_transposed_norms(sd.predict))
+    yield Way(name="channels-last", ours=True, make=lambda: by_transposed_norms(channels_last(sd).predict))
+    yield Way(name="+ GroupNorm kernel", ours=True, make=lambda: channels_last(sd).predict)
     yield Way(name="compiled", ours=True, make=lambda: on_plain_tensors(unet()))
     yield Way(name="compiled + CUDA graph", ours=True, make=lambda: Replaying(unet()))
     yield Way(name=PEER, ours=False, make=lambda: by_concatenation(channels_last(sd).predict))
@@ -123,6 +124,26 @@ def _compiled_anew(sd: StableDiffusion, report: Report) -> Predict:
     return by_concatenation(on_plain_tensors(compiled_unet(sd, report)))
 
 
+def by_transposed_norms(predict: Predict) -> Predict:
+    """The same UNet with PyTorch's norms on transposed copies of its clips."""
+
+    def instead(*arguments: Any) -> Tensor:
+        with without_norms():
+            return predict(*arguments)
+
+    return instead
+
+
+@contextmanager
+def without_norms() -> Iterator[None]:
+    """Group norms by their naive twin; those of single frames by PyTorch's own."""
+    with (
+        patch("tav_opt.unet.group_norm", naive.group_norm),
+        patch("tav_opt.unet.on_kernel", lambda _: False),
+    ):
+        yield
+
+
 def by_concatenation(predict: Predict) -> Predict:
     """The same UNet with 2n keys in memory and PyTorch's own attention, as one has it without kernels."""
 
@@ -135,8 +156,9 @@ def by_concatenation(predict: Predict) -> Predict:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Both attentions by their naive twins."""
+    """Both attentions and all norms by their naive twins."""
     with (
+        without_norms(),
         patch("tav_opt.attention.sparse_causal_attention", naive.sparse_causal_attention),
         patch("tav_opt.attention.temporal_attention", naive.temporal_attention),
     ):

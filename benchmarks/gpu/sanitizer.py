@@ -10,8 +10,9 @@ import sys
 import torch
 from peers import inputs
 from report import Report
-from smoke import SMALL
+from smoke import GROUPS, SMALL, small_norm
 
+from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 
@@ -58,6 +59,9 @@ def launch_all() -> None:
         for attention in (sparse_causal_attention, temporal_attention):
             out = attention(*inputs(SMALL, device, torch.float16), SMALL.frames, SMALL.heads)
             assert out.isfinite().all()
+    norm = [x.requires_grad_() for x in small_norm(device)]
+    out = group_norm(*norm, SMALL.frames, GROUPS, 1e-5, silu=True)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), norm))
     print("launched")
 
 

@@ -8,11 +8,15 @@ import torch
 from peers import error, inputs
 from predict import Shape
 from report import Report
+from torch import Tensor
 
+from tav_opt.kernels import naive
+from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 
 SMALL = Shape(b=2, frames=3, n=70, heads=2, width=40)
+GROUPS = 8
 
 
 def smoke(report: Report) -> None:
@@ -42,3 +46,16 @@ def each_kernel(report: Report) -> None:
         report.row(f"{name} attention", error=found)
         if found >= 1:
             report.fault(f"{name} attention", f"wrong by {found:.2g} × what rounding explains")
+    norm = small_norm(report.device)
+    exact = naive.group_norm(*(x.double() for x in norm), SMALL.frames, GROUPS, 1e-5, silu=True)
+    away = (group_norm(*norm, SMALL.frames, GROUPS, 1e-5, silu=True) - exact).abs()
+    found = (away / (torch.finfo(torch.float16).eps * exact.abs() + 1e-4)).nan_to_num(torch.inf).max().item()
+    report.row("group norm", error=found)
+    if found >= 1:
+        report.fault("group norm", f"wrong by {found:.2g} × what rounding explains")
+
+
+def small_norm(device: torch.device) -> list[Tensor]:
+    """x, weight and bias in fp16, of a shape that no tile divides."""
+    x = torch.randn(SMALL.b * SMALL.frames, 72, 7, 5, device=device, dtype=torch.float16)
+    return [x, *(torch.randn(72, device=device, dtype=torch.float16) for _ in range(2))]

@@ -98,6 +98,12 @@ STAGES = (
         interpreted=True,
     ),
     Stage(
+        name="groupnorm",
+        where="norms:norms",
+        seconds=240,
+        says="group norms over clips with SiLU, forward and backward, against PyTorch's on transposed copies",
+    ),
+    Stage(
         name="step",
         where="editing_speed:guided_step",
         seconds=320,

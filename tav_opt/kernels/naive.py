@@ -40,3 +40,19 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int)
     q, k, v = (by_pixel(x).flatten(0, 1) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v).unflatten(0, (-1, n))
     return out.permute(0, 3, 1, 2, 4).reshape(bf, n, c)  # b n heads f d → (b f) n c
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, frames: int, groups: int, eps: float, *, silu: bool = False
+) -> Tensor:
+    """GroupNorm with statistics over all frames of a clip, then SiLU if asked: x (b f) c h w → the same shape."""
+    y = F.group_norm(x.unflatten(0, (-1, frames)).transpose(1, 2), groups, weight, bias, eps)  # b c f h w
+    y = y.transpose(1, 2).flatten(0, 1)
+    return F.silu(y) if silu else y
+
+
+def statistics(x: Tensor, frames: int, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and the reciprocal standard deviation of each clip's groups, float32 (b, groups)."""
+    by_group = x.float().unflatten(0, (-1, frames)).unflatten(2, (groups, -1))  # b f groups c/groups h w
+    variance, mean = torch.var_mean(by_group, (1, 3, 4, 5), correction=0)
+    return mean, (variance + eps).rsqrt()
