@@ -163,6 +163,11 @@ def test_the_kernels_compile_without_spills(arch, c, side, frames, candidate, dt
         group_norm_backward.input_gradient_kernel: tiled | {"SILU": True},
     }
     for kernel, constexprs in kernels.items():
+        if candidate == 0 and (arch, c) == (90, 2560):  # Triton makes constants of arguments that are one
+            ones = dict.fromkeys({"rows", "c", "size", "chunks"} & set(kernel.arg_names), 1)
+            aot.compile_ptx(
+                kernel, _signature(kernel, constexprs | ones, dtype, 1, 1), constexprs | ones, arch, warps=4, stages=3
+            )
         signature = _signature(kernel, constexprs, dtype, rows, c)
         code = aot.compile_ptx(kernel, signature, constexprs, arch, warps=tile.warps, stages=3)
         assert code.spills == 0, f"{kernel.__name__}: {code.spills} bytes of stack, {code.registers} registers"

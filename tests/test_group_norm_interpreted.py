@@ -130,6 +130,11 @@ def test_far_values_are_finite():
     assert all(tensor.isfinite().all() for tensor in found)
 
 
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match=r"dtype torch\.float64"):
+        group_norm(*(x.double() for x in inputs(SHAPES[0])), 1, 1, EPS)
+
+
 def test_the_same_bits_twice():
     given, grad = [tensor.requires_grad_() for tensor in inputs((2, 3, 20, 2, 5, 5))], torch.randn(6, 20, 5, 5)
     runs = []

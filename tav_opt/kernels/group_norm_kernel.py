@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tav_opt.config import InputError
+
 Norm = tuple[Tensor, Tensor, Tensor]
 """The result, and of each clip and group the mean and the reciprocal standard deviation, float32 (b, groups)."""
 
@@ -95,7 +97,7 @@ def statistics_kernel(
     i_group, i_clip = tl.program_id(0), tl.program_id(1)
     o_c = tl.arange(0, WIDTH)
     p_c = (i_clip * chunks).to(tl.int64) * c + i_group * size + o_c
-    total = rows.to(tl.float32) * size
+    total = rows * size * 1.0
     b_sum = tl.zeros((CHUNKS, WIDTH), tl.float32)
     for start in range(0, chunks, CHUNKS):
         o_chunk = start + tl.arange(0, CHUNKS)
@@ -177,6 +179,8 @@ def launch(
 
     `tile` in place of `tile_for`'s. `traced`: the calls become nodes of the graph that is being traced.
     """
+    if str(x.dtype) not in ("torch.float16", "torch.bfloat16", "torch.float32"):
+        raise InputError(f"dtype {x.dtype}: the kernels take float16, bfloat16, float32")
     bf, c, h, w = x.shape
     b, rows, size = bf // frames, frames * h * w, c // groups
     tile = tile or tile_for(rows, c, 1 if traced else b)  # a traced number of clips is none yet
