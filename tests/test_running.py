@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tav_opt import cli, command, config, progress
-from tav_opt.cli.clips import AddClip, ListClips, RemoveClips, VerifyClips
+from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
 from tav_opt.cli.metrics import Metrics
 from tav_opt.cli.probe import Probe
@@ -38,6 +38,7 @@ SETTINGS = {
     "export": ExportConfig,
     "clips list": ListClips,
     "clips add": AddClip,
+    "clips pull": PullClips,
     "clips remove": RemoveClips,
     "clips verify": VerifyClips,
     "demo": DemoConfig,
@@ -53,6 +54,7 @@ GIVEN = {
     "export": "unread --repository repository",
     "clips list": "--repository repository",
     "clips add": "unread --repository repository",
+    "clips pull": "memory://nowhere --repository repository",
     "clips remove": "x --repository repository",
     "clips verify": "--repository repository",
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
