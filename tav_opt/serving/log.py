@@ -13,7 +13,7 @@ VARIABLE = "TAV_OPT_LOG_FORMAT"
 """Of the processes that the host starts."""
 
 _LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "fatal"}
-_TRITONS = re.compile(r"(?P<level>[IWEF])\d{4} [\d:.]+ \d+ (?P<source>\S+:\d+)\] (?P<message>.*)", re.DOTALL)
+_TRITONS = re.compile(r"(?P<level>[IWEF])\d{4} [\d:.]+ \d+ (?P<logger>\S+:\d+)\] (?P<message>.*)", re.DOTALL)
 """A line as Triton writes it; it quotes what is logged as JSON does."""
 
 
@@ -33,7 +33,7 @@ def line(written: str, format: LogFormat) -> str:  # noqa: A002
     if found is None:
         return _line("info", "triton", written.rstrip("\n"), {})
     message = _unquoted(found["message"])
-    return _line(_LEVELS[found["level"]], found["source"], message, _fields(message))
+    return _line(_LEVELS[found["level"]], found["logger"], message, _fields(message))
 
 
 def write(text: str) -> None:
@@ -42,9 +42,9 @@ def write(text: str) -> None:
     sys.stderr.flush()
 
 
-def _line(level: str, source: str, message: str, fields: dict[str, Any]) -> str:
+def _line(level: str, logger: str, message: str, fields: dict[str, Any]) -> str:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    told = {"time": now, "level": level, "source": source, "message": message, **fields}
+    told = {"time": now, "level": level, "logger": logger, "message": message, **fields}
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 
