@@ -10,6 +10,7 @@ from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import CLIP_NAME, MAX_PROMPTS, ClipInfo
 from tav_opt.repository import clips, layout
+from tav_opt.video.containers import LOCAL, still
 
 Facts = dict[str, Any]
 """By name; JSON."""
@@ -38,11 +39,13 @@ def _edit(path: Path) -> Facts:
     from tav_opt import video
 
     settings = video.settings_of(path)
-    clip = video.read(path)
-    frames, height, width, _ = clip.frames.shape
     size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
-    shown = {"frames": frames, "height": height, "width": width, "fps": clip.fps, "bytes": size}
-    return {"kind": "edit", **shown, "settings": settings}
+    if path.is_file() and path.suffix.lower() == ".png":
+        shown: Facts = dict(zip(("width", "height"), still(path, LOCAL).size, strict=True))
+    else:
+        clip = video.read(path)
+        shown = dict(zip(("frames", "height", "width"), clip.frames.shape[:3], strict=True)) | {"fps": clip.fps}
+    return {"kind": "edit", **shown, "bytes": size, "settings": settings}
 
 
 def _described(info: ClipInfo) -> Facts:

@@ -32,7 +32,7 @@ class AddClip:
     """Export a tuned clip; where its base is there in its size, its values are copied and no graph is exported."""
 
     checkpoint: Positional[Path]
-    """Folder that `tav-opt tune` wrote."""
+    """Folder that `tav-opt tune` wrote, or the hub id of a clip."""
     repository: Path = REPOSITORY
     name: str | None = None
     """The clip's name there (the checkpoint folder's)."""

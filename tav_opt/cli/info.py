@@ -41,12 +41,13 @@ def _lines(facts: Mapping[str, Any], indent: str = "", *, bytes_all: bool = Fals
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         are_bytes = bytes_all or name.endswith("bytes")
-        words = printable(name.replace("_bytes", "").replace("_", " "))
+        words = printable("size" if name == "bytes" else name.removesuffix("_bytes").replace("_", " "))
         if isinstance(value, Mapping):
             yield f"{indent}{words}:"
             yield from _lines(value, f"{indent}  ", bytes_all=are_bytes)
         elif are_bytes:
-            yield f"{indent}{words:{width}}  {value / 1e6:.1f} MB"
+            size = f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value} bytes"
+            yield f"{indent}{words:{width}}  {size}"
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             yield f"{indent}{words:{width}}  {printable(text)}"

@@ -71,6 +71,7 @@ class Server:
         self.log: deque[str] = deque(maxlen=500)
         """The last lines that the server and its worker logged."""
         self._echo = False
+        self._shows_all = any(option.startswith("--log-") for option in config.tritonserver_args)
         self._draining = threading.Lock()
         self._gave_up_draining = False
         self._channel = HostEnd()
@@ -271,7 +272,7 @@ class Server:
             if _NOISE.search(line):
                 continue
             self.log.append(line)
-            if self._echo and (line[:1] != "I" or _OURS.search(line)):  # Triton itself is talkative
+            if self._echo and (self._shows_all or line[:1] != "I" or _OURS.search(line)):  # Triton itself is talkative
                 log.write(log.line(line, self.config.log_format))
 
 
