@@ -62,7 +62,7 @@ def test_pre_commit_takes_the_file_and_the_hooks_find_what_is_wrong(tmp_path):
         command = [pre_commit, "run", hook, "--files", file]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
-    for hook, words in (("ruff-check", "F401"), ("ruff-format", "Would reformat")):
+    for hook, words in (("ruff-check", "F401"), ("ruff-format", "would be reformatted")):
         found = ran(hook, "bad.py")
         assert found.returncode == 1 and words in found.stdout, found
         assert ran(hook, "good.py").returncode == 0

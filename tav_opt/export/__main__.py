@@ -26,7 +26,7 @@ class ExportConfig:
     """Export a tuned clip to the server's model repository."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder that `tav-opt tune` wrote, or that the reference implementation saved."""
+    """Folder that `tav-opt tune` wrote, or that the reference implementation saved, or the hub id of a clip."""
     repository: Path = Path("serving/model_repository")
     """Model repository, made where it is not there."""
     name: str | None = None
