@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -62,11 +62,11 @@ class Answer(BaseHTTPRequestHandler):
             return self.answer(500, b"{}")
         if not repository.is_dir():
             return self.answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
-        files = sorted(file for file in repository.rglob("*") if file.is_file())
-        names = {file.relative_to(repository).as_posix(): file.stat().st_size for file in files}
-        ids = {name: sha1((repository / name).read_bytes()).hexdigest() for name in names}
+        names, ids = _files(repository)
         if rest[:1] == ["tree"]:
-            found = [{"type": "file", "path": n, "size": s, "oid": ids[n]} for n, s in names.items()]
+            found = list(_tree(names, ids, unquote("/".join(rest[2:])), query.get("recursive") == ["true"]))
+            if not found:
+                return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self.answer(200, json.dumps(found).encode())
         siblings = [{"rfilename": name} | ({"size": size} if "blobs" in query else {}) for name, size in names.items()]
         info = {"id": f"owner/{repository.name}", "sha": COMMIT, "siblings": siblings}
@@ -108,6 +108,11 @@ class Answer(BaseHTTPRequestHandler):
                     one["actions"] = {"upload": {"href": f"{self.server.url}/upload/{one['oid']}"}}
                 kind = {"Content-Type": "application/vnd.git-lfs+json"}
                 return self.answer(200, json.dumps({"transfer": "basic", "objects": objects}).encode(), kind)
+            case ["api", "models", "owner", name, "paths-info", _]:
+                asked = parse_qs(body.decode())["paths"]
+                sizes, ids = _files(self.server.root / name)
+                found = [one for one in _tree(sizes, ids, "", recursive=True) if one["path"] in asked]
+                return self.answer(200, json.dumps(found).encode())
             case ["api", "models", "owner", name, "commit", _]:
                 return self.commit(self.server.root / name, [json.loads(line) for line in body.splitlines()])
         return self.answer(404, b"{}")
@@ -145,6 +150,26 @@ class Answer(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _files(repository: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and ids, by name."""
+    found = sorted(file for file in repository.rglob("*") if file.is_file())
+    sizes = {file.relative_to(repository).as_posix(): file.stat().st_size for file in found}
+    return sizes, {name: sha1((repository / name).read_bytes()).hexdigest() for name in sizes}
+
+
+def _tree(sizes: dict[str, int], ids: dict[str, str], below: str, recursive: bool) -> Iterator[dict]:
+    """What lies in a folder of a repository, or anywhere below it: folders, then files."""
+    inside = {name: size for name, size in sizes.items() if not below or name.startswith(f"{below}/")}
+    depth = below.count("/") + 2 if below else 1
+    folders = {"/".join(parts[:n]) for parts in (name.split("/") for name in inside) for n in range(depth, len(parts))}
+    for folder in sorted(folders):
+        if recursive or folder.count("/") == depth - 1:
+            yield {"type": "directory", "path": folder, "size": 0, "oid": sha1(folder.encode()).hexdigest()}
+    for name, size in inside.items():
+        if recursive or name.count("/") == depth - 1:
+            yield {"type": "file", "path": name, "size": size, "oid": ids[name]}
 
 
 @contextmanager

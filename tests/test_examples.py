@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +34,23 @@ def exported(golden, tmp_path_factory) -> Exported:
 # diffusers.
 
 
+PARTS = {
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "safety_checker": [None, None],
+}
+
+
 @pytest.fixture(scope="module")
-def base(golden) -> Path:
-    return golden / "reference_checkpoint" / "sd"
+def base(golden, tmp_path_factory) -> Path:
+    """The base of the tests' clip as diffusers saves one."""
+    folder = shutil.copytree(golden / "reference_checkpoint" / "sd", tmp_path_factory.mktemp("base") / "sd")
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0", **PARTS}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from exported import FRAMES, Exported, export_once, write_other
+from hub import serving
 
 from tav_opt.cli import main
 from tav_opt.config import InputError
@@ -72,6 +73,16 @@ def test_only_what_is_another_is_fetched_again_and_what_is_not_there_stays(bucke
     assert found == told and [one.name for one in found if one.size] == ["clips/second"]
     assert {clip.name for clip in clips.clips(here)} == {"first", "second", "own"}
     assert values.read_bytes() == (there / VERSION / "clips" / "second" / "values.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("inside", ["", "/served/clips"])
+def test_a_repository_on_the_hub_is_pulled_as_from_a_store(there, tmp_path, inside):
+    with serving(tmp_path) as hub:
+        shutil.copytree(there, hub.root / f"clips{inside}")
+        pull(f"hf://owner/clips{inside}", tmp_path / "here")
+        assert content(tmp_path / "here") == content(there)
+        with pytest.raises(InputError, match=r"hf://owner/other"):
+            pull("hf://owner/other", tmp_path / "here")
 
 
 @pytest.mark.parametrize("harm", ["altered", "absent"])

@@ -71,7 +71,7 @@ class TuneAVideoEdit:
                     bar = bar or _progress_bar(progress.steps)
                     bar.update_absolute(progress.step, progress.steps)
             edit = stream.result()
-        return torch.from_numpy(edit.frames[0]).float() / 255, edit.fps
+        return torch.tensor(edit.frames[0]).float() / 255, edit.fps
 
 
 def _progress_bar(steps: int) -> Any:

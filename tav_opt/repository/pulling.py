@@ -94,7 +94,10 @@ class _Source:
 
     def _manifests(self, parent: str) -> list[PurePosixPath]:
         with self._told():
-            found = self._files.glob(f"{self._root}/{parent}/*/{MANIFEST}")
+            try:
+                found = self._files.glob(f"{self._root}/{parent}/*/{MANIFEST}")
+            except FileNotFoundError:  # of stores that tell an absent folder from an empty one
+                found = []
         return [path for path in map(PurePosixPath, sorted(found)) if not path.parent.name.startswith(".")]
 
     def manifest(self, folder: str, kind: type[schemas.Manifest]) -> dict[str, Any]:
