@@ -19,6 +19,8 @@ class ClipFolder:
     path: Path
     file: str
     """The description's name."""
+    hub_id: str | None = None
+    """Of the repository on the Hugging Face hub that it was fetched from."""
 
     @classmethod
     def found(cls, folder: PathLike) -> ClipFolder | None:
@@ -31,13 +33,30 @@ class ClipFolder:
 
     @classmethod
     def at(cls, folder: PathLike | ClipFolder) -> ClipFolder:
-        """Raises InputError for a folder that holds no finished clip, before anything is loaded that takes seconds."""
+        """The clip in a folder, or of a hub id (owner/name), which is fetched.
+
+        Raises InputError where there is no finished clip, before anything is loaded that takes seconds.
+        """
         if isinstance(folder, ClipFolder):
             return folder
         if found := cls.found(folder):
             return found
+        if (hub_id := hub_id_of(folder)) is not None:
+            from tav_opt.base import hub
+
+            return cls(hub.fetch_clip(hub_id), DESCRIPTION, hub_id)
         kind = "is half-written: tuning did not finish" if any(Path(folder).glob("resume*")) else "is not a checkpoint"
         raise InputError(f"{folder} {kind} (no {DESCRIPTION})")
+
+    @property
+    def name(self) -> str:
+        """The folder's, or the hub id."""
+        return self.hub_id or self.path.resolve().name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of the clip itself, its description last."""
+        return (*self.description.get("files", {}), self.file)
 
     @property
     def exported(self) -> bool:
@@ -61,3 +80,10 @@ class ClipFolder:
 
         schemas.check(schemas.ClipDescription, self.description, self.path / self.file)
         return dict(self.description.get("settings", {}))
+
+
+def hub_id_of(path: PathLike) -> str | None:
+    """What may be a hub id, owner/name, since nothing here has that name; None for what is a path alone."""
+    name = Path(path)
+    is_one = len(name.parts) == 2 and not name.is_absolute() and not name.parts[0].startswith(".")
+    return name.as_posix() if is_one and not name.exists() and not name.parent.is_dir() else None

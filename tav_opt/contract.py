@@ -106,7 +106,7 @@ STREAM_INPUTS = (
         name="prompt_metadata",
         dtype="BOOL",
         shape=(1,),
-        doc="false: prompts stay out of the metadata",
+        doc="true: the metadata names the prompts",
         optional=True,
     ),
 )
@@ -181,7 +181,7 @@ class Request:
     preset: Preset = "exact"
     given: frozenset[str] = frozenset()
     """Names of the edit's settings that were given: the preset's, or else the clip's own, stand for the others."""
-    prompt_metadata: bool = True
+    prompt_metadata: bool = False
     """Whether `metadata` and MP4 files name the prompts."""
 
 
@@ -277,7 +277,7 @@ def edit_metadata(
     prompts: Sequence[str],
     *,
     engine: EngineName,
-    with_prompts: bool = True,
+    with_prompts: bool = False,
 ) -> dict[str, Any]:
     """What a written edit of the clip so named says of itself: where it is from and how to make it again.
 
@@ -336,7 +336,7 @@ def to_tensors(
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
     # Servers of before do not know these inputs.
-    values |= {"prompt_metadata": None if prompt_metadata else False, "preset": None if preset == "exact" else preset}
+    values |= {"prompt_metadata": prompt_metadata or None, "preset": None if preset == "exact" else preset}
     usual = {name for name in set(FILLED_IN) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
     absent = {*left_out, *(usual if preset == "exact" else ())}
     settings = [t.name for t in STREAM_INPUTS if t.name not in values]

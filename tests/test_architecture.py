@@ -23,7 +23,7 @@ ROWS = (
     ("memory",),
     ("editing", "engines", "metrics"),
     ("tuning",),
-    ("export", "serving", "client"),
+    ("export", "serving", "client", "sharing", "about"),
     ("demo",),
     ("cli",),
 )

@@ -97,7 +97,7 @@ def test_prompts_are_refused(capsys, tuned, clip, sd, tmp_path, prompt, words):
 def test_edits_and_the_source_beside_them(capsys, tuned, tmp_path):
     options = "--steps 1 --inversion-steps 2 --guidance 3 --seed 5".split()
     usual = ["edit", tuned, "--prompt", "a cat", "--prompt", "a dog", *options]
-    status, out, error = run(capsys, *usual, "--out", tmp_path / "e.gif")
+    status, out, error = run(capsys, *usual, "--prompt-metadata", "--out", tmp_path / "e.gif")
     assert status == 0 and {path.name for path in tmp_path.iterdir()} == {"e-1.gif", "e-2.gif"}
     edits = [video.read(tmp_path / name).frames for name in ("e-1.gif", "e-2.gif")]
     assert edits[0].shape == (3, 64, 64, 3) and "e-2.gif" in out
@@ -107,7 +107,7 @@ def test_edits_and_the_source_beside_them(capsys, tuned, tmp_path):
     expected = {"model": "sd", "clip": "ckpt", "steps": 1, "guidance_scale": 3, "seed": 5, "prompts": ["a dog"]}
     assert comments(tmp_path / "e-2.gif")[0] | expected == comments(tmp_path / "e-2.gif")[0]
 
-    assert run(capsys, *usual, "--side-by-side", "--no-prompt-metadata", "--out", tmp_path / "all")[0] == 0
+    assert run(capsys, *usual, "--side-by-side", "--out", tmp_path / "all")[0] == 0
     together = video.read(tmp_path / "all").frames
     assert len(together) == 3 and together.shape[2] > 3 * 256 > together.shape[1]
     for panel, edit in enumerate(edits, start=1):

@@ -50,8 +50,16 @@ SUBSTITUTED = {
 }
 """What the docs say, and what runs here: a small model of few tokens, few steps, no installation, free ports."""
 
+HELM = "no cluster is here; test_chart.py renders the chart with such values"
 NOT_RUN = {
     "python -m tav_opt.export ckpt/ --target tensorrt-rtx --arch sm89 sm120": "minutes; test_tensorrt.py runs it",
+    "helm upgrade --install edits serving/deploy/chart --set image.repository=registry.example/tav-opt "
+    "--set models.existingClaim=clips": HELM,
+    "helm upgrade --install edits serving/deploy/chart --set models.pull.url=s3://bucket/clips "
+    "--set models.pull.secretName=bucket-keys": HELM,
+    "helm template edits serving/deploy/chart --set models.existingClaim=clips | kubectl apply -f -": HELM,
+    "perf_analyzer -m tune_a_video -u localhost:8001 -i grpc --input-data examples/perf_analyzer.json "
+    "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
 }
 """Lines that cannot run here, and why."""
@@ -243,8 +251,18 @@ def edited_cheaply(world: World) -> None:
         assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
 
 
-def nothing(world: World) -> None:
-    assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
+def told(world: World) -> None:
+    """The checkpoint, and the edit that FIRST made last."""
+    shown = world.shell(BLOCKS["sharing.md: Sharing a clip, sh 1"])
+    assert re.search(r"^caption +a man is skiing$", shown, re.MULTILINE) and "memory:" in shown
+    assert '"clip": "man-skiing"' in shown and '"kind": "edit"' in shown
+
+
+def nothing(name: str) -> Any:
+    def check(world: World) -> None:
+        assert not world.shell(BLOCKS[name])
+
+    return check
 
 
 CHECKS = {
@@ -262,7 +280,10 @@ CHECKS = {
     "serving.md: Over HTTP, sh 1": streamed,
     "serving.md: Over HTTP, sh 2": fetched,
     "serving.md: Health, sh 1": probed,
-    "tensorrt.md: TensorRT, sh 1": nothing,
+    "kubernetes.md: On Kubernetes, sh 1": nothing("kubernetes.md: On Kubernetes, sh 1"),
+    "operating.md: Load, sh 1": nothing("operating.md: Load, sh 1"),
+    "sharing.md: Sharing a clip, sh 1": told,
+    "tensorrt.md: TensorRT, sh 1": nothing("tensorrt.md: TensorRT, sh 1"),
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),
     "AsyncClient.__doc__": edited("AsyncClient.__doc__"),

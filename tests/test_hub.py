@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import threading
 from collections.abc import Iterator
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import layouts
 import pytest
 import torch
+from hub import Hub, serving
 from huggingface_hub import constants
 
 from tav_opt import models
@@ -21,91 +17,11 @@ from tav_opt.base.directory import Base, resolve
 from tav_opt.config import InputError
 from tav_opt.metrics.clip_encoder import DEMO, ClipEncoder
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories `owner/<name of a folder>` of a root folder; `fetched` are the files that were asked for."""
-
-    daemon_threads = True
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.root = root
-        self.fetched: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        match url.path.strip("/").split("/"):
-            case ["api", "models", "owner", name, *rest]:
-                self.api(self.server.root / name, rest, parse_qs(url.query))
-            case ["owner", name, "resolve", _, *file]:
-                self.file(self.server.root / name, "/".join(file))
-            case _:
-                self.answer(404, b"{}")
-
-    do_HEAD = do_GET
-
-    def api(self, repository: Path, rest: list[str], query: dict[str, list[str]]) -> None:
-        if repository.name == "gated":
-            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if repository.name == "broken":
-            return self.answer(500, b"{}")
-        if not repository.is_dir():
-            return self.answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
-        files = sorted(file for file in repository.rglob("*") if file.is_file())
-        names = {file.relative_to(repository).as_posix(): file.stat().st_size for file in files}
-        ids = {name: sha1((repository / name).read_bytes()).hexdigest() for name in names}
-        if rest[:1] == ["tree"]:
-            found = [{"type": "file", "path": n, "size": s, "oid": ids[n]} for n, s in names.items()]
-            return self.answer(200, json.dumps(found).encode())
-        siblings = [{"rfilename": name} | ({"size": size} if "blobs" in query else {}) for name, size in names.items()]
-        info = {"id": f"owner/{repository.name}", "sha": COMMIT, "siblings": siblings}
-        return self.answer(200, json.dumps(info).encode())
-
-    def file(self, repository: Path, name: str) -> None:
-        if not (repository / name).is_file():
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        if self.command == "GET":
-            self.server.fetched.append(name)
-        content = (repository / name).read_bytes()
-        return self.answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{sha1(content).hexdigest()}"'})
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    (tmp_path / "hub").mkdir()
-    with Hub(tmp_path / "hub") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield server
-        server.shutdown()
-        thread.join()
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serving(tmp_path) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

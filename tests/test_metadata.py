@@ -68,8 +68,8 @@ KEYS = [
 
 def test_keys_stay_as_they_are_and_name_no_folder_of_the_user():
     config = EditConfig(prompts=("a cat",), guidance_scale=float(np.float32(7.3)), negative_prompt="blur")
-    found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
+    found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled", with_prompts=True)
     assert list(found) == [*KEYS, "prompts", "negative_prompt"]
     assert (found["software"], found["model"], found["clip"]) == (f"tav-opt {__version__}", "tiny", "toy")
     assert (found["guidance_scale"], found["prompts"], found["inversion_steps"]) == (7.3, ["a cat"], 50)
-    assert list(edit_metadata(INFO, "toy", config, config.prompts, engine="compiled", with_prompts=False)) == KEYS
+    assert list(edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")) == KEYS

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from tav_opt import cli, command, config, progress
-from tav_opt.cli.clips import AddClip, ListClips, RemoveClips, VerifyClips
+from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
+from tav_opt.cli.info import Info
 from tav_opt.cli.metrics import Metrics
 from tav_opt.cli.probe import Probe
+from tav_opt.cli.push import Push
 from tav_opt.cli.request import Request
 from tav_opt.cli.tune import Tune
 from tav_opt.config import InputError, Within, check_numbers
@@ -38,8 +40,11 @@ SETTINGS = {
     "export": ExportConfig,
     "clips list": ListClips,
     "clips add": AddClip,
+    "clips pull": PullClips,
     "clips remove": RemoveClips,
     "clips verify": VerifyClips,
+    "info": Info,
+    "push": Push,
     "demo": DemoConfig,
     "metrics": Metrics,
 }
@@ -53,13 +58,23 @@ GIVEN = {
     "export": "unread --repository repository",
     "clips list": "--repository repository",
     "clips add": "unread --repository repository",
+    "clips pull": "memory://nowhere --repository repository",
     "clips remove": "x --repository repository",
     "clips verify": "--repository repository",
+    "info": "unread",
+    "push": "unread owner/name",
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
     "metrics": "absent.mp4 --source absent.mp4 --prompt x",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
-POSITIONAL = {("metrics", "edit"), ("edit", "checkpoint"), ("export", "checkpoint"), ("clips add", "checkpoint")}
+POSITIONAL = {
+    ("metrics", "edit"),
+    ("edit", "checkpoint"),
+    ("export", "checkpoint"),
+    ("clips add", "checkpoint"),
+    ("info", "path"),
+    ("push", "checkpoint"),
+}
 NAMES = {"guidance_scale": "guidance"}
 
 

@@ -235,6 +235,7 @@ def test_only_the_outputs_that_are_named_are_answered_and_nobody_dies_of_it(serv
 
 def command(server: Server, source: Path, out: Path, *prompts: str) -> int:
     options = ["--url", server.grpc_url, "--clip", "first", "--video", str(source), "--stride", "1", "--out", str(out)]
+    options.append("--prompt-metadata")
     return cli.main(["request", *options, "--steps", "3", "--guidance", "7.5", *(f"--prompt={p}" for p in prompts)])
 
 

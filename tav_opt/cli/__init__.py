@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tav_opt import command
-from tav_opt.cli import clips, demo, edit, export, metrics, probe, request, serve, tune
+from tav_opt.cli import clips, demo, edit, export, info, metrics, probe, push, request, serve, tune
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo.run,
@@ -18,6 +18,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "probe": probe.run,
     "request": request.run,
     "clips": clips.run,
+    "info": info.run,
+    "push": push.run,
 }
 
 

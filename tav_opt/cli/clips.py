@@ -1,4 +1,4 @@
-"""`tav-opt clips list|add|remove|verify`."""
+"""`tav-opt clips list|add|pull|remove|verify`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tav_opt.command import printable
 
 if TYPE_CHECKING:
     from tav_opt.repository.clips import Clip
+    from tav_opt.repository.pulling import Pulled
 
 REPOSITORY = Path("serving/model_repository")
 
@@ -31,12 +32,21 @@ class AddClip:
     """Export a tuned clip; where its base is there in its size, its values are copied and no graph is exported."""
 
     checkpoint: Positional[Path]
-    """Folder that `tav-opt tune` wrote."""
+    """Folder that `tav-opt tune` wrote, or the hub id of a clip."""
     repository: Path = REPOSITORY
     name: str | None = None
     """The clip's name there (the checkpoint folder's)."""
     base: str | None = None
     """The base model, where it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullClips:
+    """Fetch the clips of a model repository that lies elsewhere, with their bases; what is here already stays."""
+
+    url: Positional[str]
+    """Any that fsspec reads: s3://bucket/folder (pip install s3fs), gs://… (gcsfs), hf://owner/name/folder, file:///…"""
+    repository: Path = REPOSITORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +65,11 @@ class VerifyClips:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """List, add, remove or verify exported clips."""
+    """List, add, pull, remove or verify exported clips."""
     args = tyro.cli(
         Annotated[ListClips, subcommand("list")]
         | Annotated[AddClip, subcommand("add")]
+        | Annotated[PullClips, subcommand("pull")]
         | Annotated[RemoveClips, subcommand("remove")]
         | Annotated[VerifyClips, subcommand("verify")],
         prog="tav-opt clips",
@@ -79,6 +90,10 @@ def run(arguments: Sequence[str]) -> int:
             added = add(args.checkpoint, args.repository, name=args.name, base=args.base)
             how = "with the graphs of its base" if added.graphs else "its base was there"
             print(f"{_described(added.clip)}\nadded in {added.seconds:.1f} s, {how}")
+        case PullClips():
+            from tav_opt.repository.pulling import pull
+
+            pull(args.url, args.repository, lambda one: print(f"{one.name}: {_fetched(one)}", flush=True))
         case RemoveClips():
             for base in clips.remove(args.repository, args.names):
                 print(f"base {base}: removed, no clip needs it")
@@ -87,6 +102,10 @@ def run(arguments: Sequence[str]) -> int:
             print(*problems or ["all files are as they were written"], sep="\n")
             return 1 if problems else 0
     return 0
+
+
+def _fetched(one: Pulled) -> str:
+    return f"fetched {one.size / 1e6:.1f} MB" if one.size else "is here"
 
 
 def _described(clip: Clip) -> str:

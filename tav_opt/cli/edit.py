@@ -30,7 +30,8 @@ class Edit(EditConfig):
     """Edit a tuned or exported clip by a prompt, in this process."""
 
     checkpoint: Positional[Path]
-    """Folder that `tav-opt tune` wrote, or that of an exported clip (`…/tune_a_video_stream/1/clips/NAME`)."""
+    """Folder that `tav-opt tune` wrote, that of an exported clip (`…/tune_a_video_stream/1/clips/NAME`), or the hub id
+    of a clip."""
     engine: EngineChoice = "auto"
     """What runs an exported clip; a checkpoint runs in eager PyTorch."""
     preset: Preset = "exact"
@@ -41,7 +42,7 @@ class Edit(EditConfig):
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
     side_by_side: bool = False
     """Write one video that shows the source beside all edits, with captions."""
-    prompt_metadata: bool = True
+    prompt_metadata: bool = False
     """Write the prompts into the files, beside the other settings."""
     base: str | None = None
     """The base model, where it has moved."""
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> None:
     about = partial(
         edit_metadata,
         engine.info,
-        clip.path.resolve().name,
+        clip.name,
         args,
         engine=engine.kind,
         with_prompts=args.prompt_metadata,

@@ -48,7 +48,7 @@ class Request(EditConfig):
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
     """MP4 file, which the server encodes, GIF file, or a folder for PNGs; several prompts are numbered."""
-    prompt_metadata: bool = True
+    prompt_metadata: bool = False
     """Write the prompts into the files, beside the other settings."""
 
 

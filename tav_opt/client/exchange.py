@@ -106,7 +106,7 @@ class Options(TypedDict, total=False):
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
     prompt_metadata: bool
-    """False: no prompts in the metadata."""
+    """True: the metadata names the prompts."""
     preset: Preset
     """Cheaper settings for those that are left out."""
     left_out: Collection[str]

@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from tav_opt import command, progress
+from tav_opt.clip_folder import hub_id_of
 from tav_opt.config import ClipConfig, Count, DdimSteps, Index, InputError, Side, TrainConfig, check_numbers
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class ExportConfig:
     """Export a tuned clip to the server's model repository."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Folder that `tav-opt tune` wrote, or that the reference implementation saved."""
+    """Folder that `tav-opt tune` wrote, or that the reference implementation saved, or the hub id of a clip."""
     repository: Path = Path("serving/model_repository")
     """Model repository, made where it is not there."""
     name: str | None = None
@@ -78,7 +79,7 @@ def export(arguments: Sequence[str], prog: str) -> int:
     """As `main`; errors are the caller's to tell."""
     config = tyro.cli(ExportConfig, prog=prog, args=arguments)
     check_numbers(config)
-    if not config.checkpoint.is_dir():
+    if not config.checkpoint.is_dir() and hub_id_of(config.checkpoint) is None:
         raise InputError(f"checkpoint {config.checkpoint} does not exist or is no folder")
     from tav_opt.export import exporting, parity
     from tav_opt.export.tensorrt import builder

@@ -45,6 +45,7 @@ class Metrics:
                 ("clips_resident", "Clips that are loaded"),
                 ("clips_bytes", "Bytes of the loaded clips' own tensors"),
                 ("inversions_memory_bytes", "Bytes of inversions kept in memory"),
+                ("memory_free_bytes", "Bytes of the device that nothing uses and no edit was promised, as last seen"),
                 ("inversions_disk_bytes", "Bytes of inversions kept on disk, of all instances, as last seen"),
             )
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tav_opt.config import InputError
 from tav_opt.contract import STREAM_MODEL, UNARY_INPUTS, UNARY_OUTPUTS, status_of_refusal
 from tav_opt.repository.layout import version_folder
 from tav_opt.repository.model_files import read_parameters
-from tav_opt.serving import envelope
+from tav_opt.serving import envelope, tracing
 from tav_opt.serving.caller import Caller
 from tav_opt.serving.responses import Response, Responses, key
 
@@ -41,6 +42,7 @@ class TritonPythonModel:
         self._pb: Any = pb_utils
         config = read_parameters(json.loads(args["model_config"]))
         self._version = version_folder(Path(args["model_repository"]).parent)
+        self._traced = tracing.VARIABLE in os.environ
         self._responses = Responses(config.responses_mib << 20)
         self._family = pb_utils.MetricFamily(
             name="tav_opt_responses_total",
@@ -89,11 +91,11 @@ class TritonPythonModel:
         if kept is not None:
             self._pb.Logger.log_info(f"request {request_id!r}: OK from the cache")
             return kept
-        response = self._call(inputs, request_id, read.timeout_us, caller)
+        response = self._call(request, inputs, request_id, read.timeout_us, caller)
         self._responses.put(name, response)
         return response
 
-    def _call(self, inputs: list[Any], request_id: str, timeout_us: int, caller: str) -> Response:
+    def _call(self, request: Any, inputs: list[Any], request_id: str, timeout_us: int, caller: str) -> Response:
         """The last response of the streaming model; raises Refused."""
         passed_on = self._pb.InferenceRequest(
             model_name=STREAM_MODEL,
@@ -102,6 +104,7 @@ class TritonPythonModel:
             requested_output_names=["error", *(tensor.name for tensor in UNARY_OUTPUTS)],
             timeout=timeout_us,
             parameters={envelope.CALLER: caller},
+            **({"trace": request.trace()} if self._traced else {}),
         )
         last: Response = {}
         # Kept until the next one: else the last to let go of it is a thread of Triton 2.51 that has not Python's lock,

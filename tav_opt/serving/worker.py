@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import traceback
@@ -20,7 +21,7 @@ from tav_opt.contract import STREAM_INPUTS
 from tav_opt.ddim import Stopped
 from tav_opt.engines.registry import Choice, best_device
 from tav_opt.repository.model_files import read_parameters
-from tav_opt.serving import envelope
+from tav_opt.serving import envelope, log, tracing
 from tav_opt.serving.caller import Line
 from tav_opt.serving.failures import DeadlinePassed, message, status
 from tav_opt.serving.host.probe import REQUEST_ID
@@ -62,6 +63,8 @@ class TritonPythonModel:
             on_trouble=pb_utils.Logger.log_warn,
         )
         self._clips.check_engine()
+        self._spans = tracing.Spans.open()
+        self._logs_json = os.environ.get(log.VARIABLE) == "json"
         self._metrics = Metrics(pb_utils, args["model_instance_name"])
         self._warm_up()
         self._set_gauges(disk=True)
@@ -111,7 +114,8 @@ class TritonPythonModel:
         probed = report.id == REQUEST_ID
         if not probed:
             self._pb.Logger.log_info(f"request {report.id!r} begins")
-        began = time.perf_counter()
+        above = {} if self._spans is None or probed else tracing.carrier(request)
+        began, at = time.perf_counter(), time.time_ns()
         last, ended = self._answer(request, inputs, sender, report)
         seconds = time.perf_counter() - began
         counted = not probed or bool(report.steps)  # an edit by that name is an edit
@@ -122,8 +126,22 @@ class TritonPythonModel:
         self._mention_weights(report)
         sender.send(last, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         if counted:
-            settings = report.line(prompts=self._config.log_prompts)
-            self._pb.Logger.log_info(f"request {report.id!r}: {ended} in {seconds:.3f} s {settings}")
+            self._pb.Logger.log_info(self._line(report, ended, seconds))
+            if self._spans is not None:
+                self._spans.send(report, ended, at, time.time_ns(), above)
+
+    def _line(self, report: Report, ended: str, seconds: float) -> str:
+        """Of a request that ended, for the log."""
+        prompts, summary = self._config.log_prompts, f"request {report.id!r}: {ended} in {seconds:.3f} s"
+        if not self._logs_json:
+            return f"{summary} {report.line(prompts=prompts)}"
+        told = {"message": summary, "request_id": report.id, "status": ended, "seconds": round(seconds, 3)}
+        return json.dumps({**told, **report.fields(prompts=prompts)})
+
+    def finalize(self) -> None:
+        """The server ends."""
+        if self._spans is not None:
+            self._spans.close()
 
     def _mention_weights(self, report: Report) -> None:
         """Once: of prompts in another program's syntax."""
@@ -185,7 +203,10 @@ class TritonPythonModel:
         clips, clips_bytes = self._clips.resident()
         inversions = self._editor.inversions
         self._metrics.set(
-            clips_resident=clips, clips_bytes=clips_bytes, inversions_memory_bytes=inversions.memory_bytes()
+            clips_resident=clips,
+            clips_bytes=clips_bytes,
+            inversions_memory_bytes=inversions.memory_bytes(),
+            memory_free_bytes=self._editor.memory.free(),
         )
         if disk:
             self._metrics.set(inversions_disk_bytes=inversions.disk_bytes())

@@ -53,7 +53,7 @@ class _Quiet(uvicorn.Server):
 
 async def run(settings: Settings) -> None:
     """Serves until a signal comes, or the host has gone; then what is in flight may end."""
-    triton = Triton(settings.triton_port, settings.key)
+    triton = Triton(settings.triton_port, settings.key, settings.log_format)
     listener = grpc.aio.server(options=_GRPC_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     listener.add_generic_rpc_handlers((GrpcFace(triton),))
     _listen(listener, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -14,6 +13,7 @@ import grpc
 
 from tav_opt.config import InputError
 from tav_opt.contract import STARTED_ANEW
+from tav_opt.serving import log
 from tav_opt.serving.gateway.rules import Message, NotFound
 from tav_opt.serving.gateway.settings import HEADER
 
@@ -30,6 +30,16 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 )
+
+
+Trace = tuple[tuple[str, str], ...]
+"""Headers of W3C's trace context, as they go on to Triton, whose spans then stand below the client's."""
+_TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def trace_of(traceparent: str | bytes | None) -> Trace:
+    """Of what a client sent by the name `traceparent`; nothing where that is no such header."""
+    return (("traceparent", traceparent),) if isinstance(traceparent, str) and _TRACE.fullmatch(traceparent) else ()
 
 
 class Refusal(Exception):
@@ -52,7 +62,8 @@ class Died(Refusal):
 class Triton:
     """The server behind the gateway, as the running event loop reaches it."""
 
-    def __init__(self, port: int, key: str) -> None:
+    def __init__(self, port: int, key: str, log_format: log.LogFormat = "text") -> None:
+        self._log_format = log_format
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", _OPTIONS)
         self._metadata = ((PREFIX + HEADER, key),)
         self._bytes = 0
@@ -61,26 +72,28 @@ class Triton:
         """When, over each request."""
         self._refused: Counter[str] = Counter()
 
-    async def ask(self, method: str, message: bytes, timeout_s: float | None = 5.0) -> bytes:
+    async def ask(self, method: str, message: bytes, timeout_s: float | None = 5.0, trace: Trace = ()) -> bytes:
         """One answer of one of the service's methods; raises Refusal."""
         call = self._channel.unary_unary(f"{_PATH}/{method}")
         try:
-            return await call(message, metadata=self._metadata, timeout=timeout_s)
+            return await call(message, metadata=(*self._metadata, *trace), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from None
 
-    async def infer(self, message: Message, timeout_s: float | None = None) -> bytes:
+    async def infer(self, message: Message, timeout_s: float | None = None, trace: Trace = ()) -> bytes:
         """A checked request → its ModelInferResponse; raises Refusal."""
         data = message.SerializeToString()
         with self._in_flight(message, data):
-            return await self.ask("ModelInfer", data, timeout_s)
+            return await self.ask("ModelInfer", data, timeout_s, trace)
 
-    async def stream(self, message: Message, timeout_s: float | None = None) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, message: Message, timeout_s: float | None = None, trace: Trace = ()
+    ) -> AsyncGenerator[bytes, None]:
         """A checked request → its ModelStreamInferResponses; raises Refusal. Leaving it cancels the request."""
         data = message.SerializeToString()
         with self._in_flight(message, data):
             call = self._channel.stream_stream(f"{_PATH}/ModelStreamInfer")(
-                iter([data]), metadata=self._metadata, timeout=timeout_s
+                iter([data]), metadata=(*self._metadata, *trace), timeout=timeout_s
             )
             try:
                 async for answer in call:
@@ -120,7 +133,7 @@ class Triton:
         deaths.append(time.monotonic())
         if len(deaths) == DEATHS:
             told = f"the server died {DEATHS} times while it had request {request_id!r}, which is refused for now"
-            print(f"tav-opt serve: {told}", file=sys.stderr, flush=True)
+            log.tell(told, self._log_format)
 
     def count(self, refusal: Refusal) -> Refusal:
         """The refusal itself, which the metrics then know of."""

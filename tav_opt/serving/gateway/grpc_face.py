@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2
 from tav_opt.config import InputError
 from tav_opt.contract import status_of_refusal
 from tav_opt.serving.gateway import rules
-from tav_opt.serving.gateway.behind import Refusal, Triton
+from tav_opt.serving.gateway.behind import Refusal, Trace, Triton, trace_of
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 STATUS_ON_STREAM = "triton_grpc_error"
@@ -58,7 +58,7 @@ class GrpcFace(grpc.GenericRpcHandler):
         return handler
 
     async def _infer(self, data: bytes, context: Any) -> bytes:
-        return await self._triton.infer(checked(_read(data)), context.time_remaining())
+        return await self._triton.infer(checked(_read(data)), context.time_remaining(), _trace(context))
 
     def _passed(self, method: str) -> Answer:
         async def answer(_data: bytes, _context: Any) -> bytes:
@@ -104,7 +104,7 @@ class GrpcFace(grpc.GenericRpcHandler):
             message = _read(data)
             request_id = message.id
             message = checked(message)
-            async with aclosing(self._triton.stream(message, context.time_remaining())) as found:
+            async with aclosing(self._triton.stream(message, context.time_remaining(), _trace(context))) as found:
                 async for answer in found:
                     await answers.put(in_our_words(answer, request_id))
         except Refusal as refusal:
@@ -112,6 +112,10 @@ class GrpcFace(grpc.GenericRpcHandler):
 
 
 Answer = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+def _trace(context: Any) -> Trace:
+    return trace_of(dict(context.invocation_metadata() or ()).get("traceparent"))
 
 
 def _read(data: bytes) -> rules.Message:

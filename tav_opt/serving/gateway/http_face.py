@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from tav_opt.config import InputError
 from tav_opt.serving.gateway import json_tensors, openapi, rules
-from tav_opt.serving.gateway.behind import Refusal, Triton
+from tav_opt.serving.gateway.behind import Refusal, Trace, Triton, trace_of
 from tav_opt.serving.gateway.grpc_face import in_our_words, refused
 
 BODY_SECONDS = 60.0
@@ -128,7 +128,9 @@ class HttpFace:
 
     async def _answered(self, request: Request, message: rules.Message) -> bytes:
         """The answer; a client that hangs up cancels it."""
-        asked = asyncio.ensure_future(self._triton.infer(rules.checked(message)))
+        asked = asyncio.ensure_future(
+            self._triton.infer(rules.checked(message), trace=trace_of(request.headers.get("traceparent")))
+        )
         leaving = asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait((asked, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -142,11 +144,12 @@ class HttpFace:
     async def _generate_stream(self, request: Request) -> Response:
         name, version = _model(request)
         message = json_tensors.generate_request(name, version, await _body(request))
-        return StreamingResponse(self._events(rules.checked(message)), media_type="text/event-stream")
+        trace = trace_of(request.headers.get("traceparent"))
+        return StreamingResponse(self._events(rules.checked(message), trace), media_type="text/event-stream")
 
-    async def _events(self, message: rules.Message) -> AsyncIterator[bytes]:
+    async def _events(self, message: rules.Message, trace: Trace) -> AsyncIterator[bytes]:
         try:
-            async with aclosing(self._triton.stream(message)) as answers:
+            async with aclosing(self._triton.stream(message, trace=trace)) as answers:
                 async for answer in answers:
                     yield _event(in_our_words(answer, message.id))
         except Refusal as refusal:

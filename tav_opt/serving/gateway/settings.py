@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tav_opt.serving.log import LogFormat
+
 DRAIN_SECONDS = 60
 """How long what is in flight may take when the server is asked to stop."""
 KEEPALIVE_SECONDS = 60
@@ -26,6 +28,7 @@ class Settings:
     triton_metrics_port: int
     key: str
     """Of the header that Triton asks for."""
+    log_format: LogFormat = "text"
     tls_certificate: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None

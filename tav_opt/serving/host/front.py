@@ -78,6 +78,7 @@ class Front:
             triton_port=place.grpc_port,
             triton_metrics_port=place.metrics_port,
             key=place.key,
+            log_format=config.log_format,
             **{name: None if path is None else str(path) for name, path in tls.items()},
         )
         return cls(settings, place)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Suppress
 
 from tav_opt.config import Config, InputError, Within, WorkerConfig, check_numbers, with_absolute_paths
+from tav_opt.serving import tracing
 from tav_opt.serving.host import gpus
 from tav_opt.serving.host.gpus import Gpus
+from tav_opt.serving.log import LogFormat
 
 Port = Annotated[int, Within(0, 65535)]
+
+_OURS = re.compile(
+    r"--(id|model-(store|repository|control-mode)|load-model|repository-poll-secs|backend-directory|cache-directory|"
+    r"allow-(http|grpc|metrics|sagemaker|vertex-ai)|(http|grpc|metrics)-(address|port|restricted-(api|protocol))|"
+    r"reuse-(http|grpc)-port|grpc-(use-ssl(-mutual)?|server-cert|server-key|root-cert)|trace-\w+|log-(file|format)|"
+    r"exit-timeout-secs|disable-auto-complete-config|strict-model-config)(=|\Z)"
+)
+"""What of tritonserver's own options the host decides: where it listens, for whom, on what, and how it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Config):
-    """Where the server listens, on what it works, and how."""
+    """Where the server listens, on what it works, and how. What follows `--` is given to tritonserver as it stands."""
 
     repository: Path = Path("serving/model_repository")
     """Model repository that the clips were exported to."""
@@ -47,6 +58,13 @@ class ServeConfig(Config):
     """The program; without it, the one in $PATH, else the one in the nvidia-pytriton wheel."""
     gpus: Gpus = ()
     """GPUs to edit on, by number: 0,1; default: every one, or the processor where there is none."""
+    trace: str | None = None
+    """Collector that every request is traced to, by Triton's spans and those of an edit's stages: otlp://HOST[:PORT],
+    OTLP over HTTP, port 4318 by default."""
+    log_format: LogFormat = "text"
+    """json: one object a line on stderr, the announcement too."""
+    tritonserver_args: Suppress[tuple[str, ...]] = ()
+    """More options of tritonserver."""
     worker: OmitArgPrefixes[WorkerConfig] = field(default_factory=WorkerConfig)
 
     @property
@@ -63,6 +81,10 @@ def checked(config: ServeConfig) -> ServeConfig:
     check_numbers(config)
     config = with_absolute_paths(config)
     _check_tls(config)
+    _check_passed_on(config.tritonserver_args)
+    if config.trace is not None:
+        tracing.endpoint(config.trace)
+        tracing.check_installed()
     gpus.check(config.gpus)
     return _with_ports(config)
 
@@ -75,6 +97,15 @@ def _check_tls(config: ServeConfig) -> None:
     for path in (config.tls_certificate, config.tls_key, config.tls_client_ca):
         if path is not None and not path.is_file():
             raise InputError(f"{path} does not exist or is no file")
+
+
+def _check_passed_on(options: tuple[str, ...]) -> None:
+    if options and not options[0].startswith("--"):
+        raise InputError(f"after -- come tritonserver's options, as --log-verbose=1, not {options[0]!r}")
+    for option in options:
+        if (found := _OURS.match(option)) is not None:
+            name = found[0].rstrip("=")
+            raise InputError(f"{name} is not passed on: tav-opt serve sets it itself (tav-opt serve --help)")
 
 
 def _with_ports(config: ServeConfig) -> ServeConfig:

@@ -26,6 +26,7 @@ from tav_opt.config import InputError
 from tav_opt.contract import STREAM_MODEL
 from tav_opt.loopback import urlopen
 from tav_opt.repository.model_files import configure
+from tav_opt.serving import log, tracing
 from tav_opt.serving.gateway.settings import DRAIN_SECONDS, KEEPALIVE_SECONDS
 from tav_opt.serving.host import guard, leftovers
 from tav_opt.serving.host.front import Front
@@ -70,6 +71,7 @@ class Server:
         self.log: deque[str] = deque(maxlen=500)
         """The last lines that the server and its worker logged."""
         self._echo = False
+        self._shows_all = any(option.startswith("--log-") for option in config.tritonserver_args)
         self._draining = threading.Lock()
         self._gave_up_draining = False
         self._channel = HostEnd()
@@ -84,7 +86,7 @@ class Server:
             configure(folder / "models", config.repository, config.worker, gpus=config.gpus)
             self.front = Front.of(config) if front is None else front
             options = _options(config, self.front, folder / "models", self._shared_memory)
-            self.process = _spawn(launch, options, self._channel.workers, folder)
+            self.process = _spawn(launch, options, self._channel.workers, {**_told(config), "TMPDIR": str(folder)})
             leftovers.note(folder, self.process.pid, self._shared_memory)
             self._guard = guard.start(self.process.pid, self._shared_memory, folder)
         except BaseException:
@@ -199,7 +201,7 @@ class Server:
         code = self.process.poll()
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        errors = [line for line in self.log if re.match(r"E\d{4} |error: ", line)]
+        errors = [line for line in self.log if re.match(r"E\d{4} |error: |.*: (unrecognized|ambiguous) option", line)]
         if not errors:
             return f"exit status {code}"
         cause = next((line for line in errors if "failed to load" in line), errors[0])
@@ -270,8 +272,8 @@ class Server:
             if _NOISE.search(line):
                 continue
             self.log.append(line)
-            if self._echo and (line[:1] != "I" or _OURS.search(line)):  # Triton itself is talkative
-                sys.stderr.write(line)
+            if self._echo and (self._shows_all or line[:1] != "I" or _OURS.search(line)):  # Triton itself is talkative
+                log.write(log.line(line, self.config.log_format))
 
 
 def has_models(repository: Path) -> bool:
@@ -279,11 +281,18 @@ def has_models(repository: Path) -> bool:
     return os.path.isfile(repository / STREAM_MODEL / "config.pbtxt")
 
 
-def _spawn(launch: Launch, options: list[str], channel: socket.socket, folder: Path) -> subprocess.Popen[str]:
-    """`folder` is the server's own, in which a worker that is killed leaves what it was writing."""
+def _told(config: ServeConfig) -> dict[str, str]:
+    """What the worker is told by variables; where it writes, a folder of the server's own, is another."""
+    found: dict[str, str] = {log.VARIABLE: config.log_format}
+    return found if config.trace is None else {**found, tracing.VARIABLE: tracing.endpoint(config.trace)}
+
+
+def _spawn(
+    launch: Launch, options: list[str], channel: socket.socket, variables: dict[str, str]
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*launch.command, *options],
-        env={**launch.environment, VARIABLE: str(channel.fileno()), "TMPDIR": str(folder)},
+        env={**launch.environment, VARIABLE: str(channel.fileno()), **variables},
         pass_fds=[channel.fileno()],
         cwd=launch.cwd,
         stdin=subprocess.DEVNULL,
@@ -305,6 +314,8 @@ def _options(config: ServeConfig, front: Front | None, models: Path, shared_memo
         "--allow-gpu-metrics=false",
         f"--grpc-keepalive-time={KEEPALIVE_SECONDS * 1000}",
         f"--grpc-http2-min-recv-ping-interval-without-data={KEEPALIVE_SECONDS * 500}",
+        *(tracing.options(tracing.endpoint(config.trace)) if config.trace is not None else ()),
+        *config.tritonserver_args,
     ]
 
 

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 
 from tav_opt.config import InputError
+from tav_opt.serving import log
 from tav_opt.serving.host import leftovers
 from tav_opt.serving.host.front import Front
 from tav_opt.serving.host.probe import Health, probe
@@ -39,19 +40,19 @@ def serve(config: ServeConfig) -> int:
     """
     config = checked(config)
     for line in leftovers.sweep():
-        print(f"tav-opt serve: {line}", file=sys.stderr)
+        log.tell(line, config.log_format)
     restarts: deque[float] = deque()
     fault: _Fault | None = None
     with _Signals() as signals, _Fronts(config) as fronts:
         while True:
             if fault is not None:
-                _await(config.repository, signals)
+                _await(config, signals)
             began = time.monotonic()
             try:
                 server = Server(config, fronts.living(), interrupted=lambda: signals.asked)
             except (ServerDied, InputError) as error:
                 if fault is None:  # of its first start: another would not be better
-                    return _told(error)
+                    return _told(error, config)
                 fault = _Fault(str(error))
             else:
                 with server:
@@ -59,19 +60,19 @@ def serve(config: ServeConfig) -> int:
                     fault = _watched(server, signals)
                 if fault is None:
                     return 0
-            print(f"tav-opt serve: {fault.reason}", file=sys.stderr, flush=True)
+            log.tell(fault.reason, config.log_format, "error")
             if signals.asked:
                 return 1
             if fault.counts:
-                _pause(restarts, config.restarts, signals)
+                _pause(restarts, config, signals)
 
 
-def _await(repository: Path, signals: _Signals) -> None:
+def _await(config: ServeConfig, signals: _Signals) -> None:
     """Waits for a repository that was taken away, as a disk can be; raises KeyboardInterrupt where a signal comes."""
-    if has_models(repository):
+    if has_models(config.repository):
         return
-    print(f"tav-opt serve: {repository} is gone: waits until it is back", file=sys.stderr, flush=True)
-    while not has_models(repository):
+    log.tell(f"{config.repository} is gone: waits until it is back", config.log_format)
+    while not has_models(config.repository):
         if signals.asked:
             raise KeyboardInterrupt
         time.sleep(LOOK_SECONDS)
@@ -107,21 +108,28 @@ class _Fronts:
             self._front.stop(ANSWER_SECONDS)
 
 
-def _told(error: ServerDied | InputError) -> int:
+def _told(error: ServerDied | InputError, config: ServeConfig) -> int:
     if isinstance(error, InputError):
         raise error
-    print(f"tav-opt serve: {error}", file=sys.stderr)
+    log.tell(str(error), config.log_format, "error")
     return 1
 
 
 def _announce(server: Server, seconds: float) -> None:
-    print(f"ready after {seconds:.1f} s; Ctrl-C stops")
-    print(f"gRPC     {server.grpc_url}\nHTTP     {server.http_url}\nmetrics  {server.metrics_url}", flush=True)
+    urls = {"gRPC": server.grpc_url, "HTTP": server.http_url, "metrics": server.metrics_url}
+    tell = partial(log.tell, format=server.config.log_format)
+    if server.config.log_format == "json":
+        tell(f"ready after {seconds:.1f} s", level="info", urls=urls)
+    else:
+        print(
+            f"ready after {seconds:.1f} s; Ctrl-C stops", *(f"{name:8} {url}" for name, url in urls.items()), sep="\n"
+        )
+        sys.stdout.flush()
     for base, engine in server.engines.items():
-        print(f"tav-opt serve: base {base}: {engine}", file=sys.stderr)
+        tell(f"base {base}: {engine}", level="info")
     host = server.config.host
     if host not in ("127.0.0.1", "localhost") and server.config.tls_certificate is None:
-        print(f"tav-opt serve: nothing that goes over {host} is encrypted (see --tls-certificate)", file=sys.stderr)
+        tell(f"nothing that goes over {host} is encrypted (see --tls-certificate)")
 
 
 def _watched(server: Server, signals: _Signals) -> _Fault | None:
@@ -171,8 +179,8 @@ def _probe(server: Server) -> Health:
     return probe(server.inner_url, server.metrics_url, direct=True)
 
 
-def _pause(restarts: deque[float], at_once: int, signals: _Signals) -> None:
-    """Notes a restart, and waits before it: not at all for so many, then twice as long each time.
+def _pause(restarts: deque[float], config: ServeConfig, signals: _Signals) -> None:
+    """Notes a restart, and waits before it: not at all for the first ones, then twice as long each time.
 
     Raises KeyboardInterrupt where a signal comes meanwhile.
     """
@@ -180,11 +188,11 @@ def _pause(restarts: deque[float], at_once: int, signals: _Signals) -> None:
     while restarts and now - restarts[0] > WINDOW_SECONDS:
         restarts.popleft()
     restarts.append(now)
-    beyond = len(restarts) - at_once
+    beyond = len(restarts) - config.restarts
     seconds = 0.0 if beyond <= 0 else min(LONGEST_PAUSE_SECONDS, 2.0**beyond)
     later = f", in {seconds:.0f} s" if seconds else ""
     minutes = f"{WINDOW_SECONDS / 60:.0f} minutes"
-    print(f"tav-opt serve: restart {len(restarts)} within {minutes}{later}", file=sys.stderr, flush=True)
+    log.tell(f"restart {len(restarts)} within {minutes}{later}", config.log_format)
     while time.monotonic() - now < seconds:
         if signals.asked:
             raise KeyboardInterrupt

@@ -1,0 +1,157 @@
+"""Fetches a model repository that lies elsewhere: in an object store, on the hub, wherever fsspec reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from tav_opt import schemas
+from tav_opt.config import InputError, PathLike, first_line
+from tav_opt.contract import CLIP_NAME, ClipInfo
+from tav_opt.files import MANIFEST, altered, discard, read_object, whole
+from tav_opt.repository.layout import (
+    ENGINES,
+    base_folder,
+    clip_folder,
+    existing,
+    locked,
+    version_folder,
+    within,
+)
+from tav_opt.repository.model_files import write_model_files
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """What became of a clip, a base or a base's engines."""
+
+    name: str
+    """Its place below the version folder."""
+    size: int
+    """Bytes that were fetched; 0 where it was here already."""
+
+
+def pull(url: str, repository: PathLike, on_folder: Callable[[Pulled], object] | None = None) -> list[Pulled]:
+    """Fetches all clips of the model repository at `url`, their bases and engines, into one that is here.
+
+    What is here as it is there is not fetched again; clips that are not there stay. Each folder is compared with the
+    hashes of its manifest and then takes its place at once, a clip after its base. Raises InputError for what is no
+    model repository, cannot be read, or is altered.
+    """
+    source = _Source(url)
+    version = version_folder(repository)
+    found = []
+    with locked(version):
+        for folder, kind in source.folders():
+            found.append(_fetched(source, folder, kind, version))
+            if on_folder is not None:
+                on_folder(found[-1])
+        write_model_files(Path(repository))
+    existing(repository)
+    return found
+
+
+class _Source:
+    """A model repository's version folder, as fsspec reads it; whatever its libraries raise is an InputError."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._url = url
+        if "://" not in url:
+            raise InputError(f"{url!r} is no URL, as s3://bucket/folder, hf://owner/name/folder or file:///folder")
+        try:
+            self._files: AbstractFileSystem
+            self._files, root = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{url}: {first_line(error)}") from None
+        self._root = version_folder(PurePosixPath(root)).as_posix()  # type: ignore[arg-type]
+
+    def folders(self) -> Iterator[tuple[str, type[schemas.Manifest]]]:
+        """What a clip needs before it, each once: names below the version folder, and what their manifests say."""
+        clips = [path for path in self._manifests("clips") if CLIP_NAME.match(path.parent.name)]
+        if not clips:
+            raise InputError(f"{self._url} holds no model repository with clips: {self._root}/clips is empty or absent")
+        seen = set[str]()
+        for path in clips:
+            clip = path.parent.name
+            described = self.manifest(f"clips/{clip}", schemas.ClipDescription)
+            base = f"base/{ClipInfo.from_json(described).exported_base}"
+            if base not in seen:
+                seen.add(base)
+                yield base, schemas.BaseManifest
+                for engines in self._manifests(f"{base}/{ENGINES}"):
+                    yield f"{base}/{ENGINES}/{engines.parent.name}", schemas.Manifest
+            yield f"clips/{clip}", schemas.ClipDescription
+
+    def _manifests(self, parent: str) -> list[PurePosixPath]:
+        with self._told():
+            try:
+                found = self._files.glob(f"{self._root}/{parent}/*/{MANIFEST}")
+            except FileNotFoundError:  # of stores that tell an absent folder from an empty one
+                found = []
+        return [path for path in map(PurePosixPath, sorted(found)) if not path.parent.name.startswith(".")]
+
+    def manifest(self, folder: str, kind: type[schemas.Manifest]) -> dict[str, Any]:
+        """Of a folder, looked through as one that is here."""
+        with tempfile.TemporaryDirectory() as here:
+            self.fetch(folder, MANIFEST, Path(here))
+            found = read_object(Path(here) / MANIFEST)
+        schemas.check(kind, found, f"{self._url}: {folder}/{MANIFEST}")
+        return found
+
+    def fetch(self, folder: str, name: str, here: Path) -> None:
+        """One file into a folder."""
+        with self._told():
+            self._files.get_file(f"{self._root}/{folder}/{name}", str(here / name))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store's library raises its own
+            raise InputError(f"{self._url} cannot be read: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _fetched(source: _Source, folder: str, kind: type[schemas.Manifest], version: Path) -> Pulled:
+    """A folder, which takes the place of the one of its name where that is another."""
+    place = within(version, _place(version, folder))
+    manifest = source.manifest(folder, kind)
+    if _is_here(place, manifest):
+        return Pulled(name=folder, size=0)
+    fresh, old = (place.with_name(f".{place.name}.{state}") for state in ("fresh", "old"))
+    with whole(fresh) as temporary:
+        temporary.mkdir()
+        for name in (*manifest.get("files", {}), MANIFEST):
+            source.fetch(folder, name, temporary)
+        if changed := altered(temporary, manifest.get("files", {})):
+            raise InputError(f"{folder}/{changed[0]} is not what its manifest says: it was altered, or cut short")
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+    if place.exists() or place.is_symlink():
+        os.replace(place, old)
+    os.replace(fresh, place)
+    discard(old)
+    return Pulled(name=folder, size=size)
+
+
+def _place(version: Path, folder: str) -> Path:
+    """Where a folder goes; its names have been checked but for those of engines."""
+    kind, name, *engines = folder.split("/")
+    if kind == "clips":
+        return clip_folder(version, name)
+    return base_folder(version, name).joinpath(*engines)
+
+
+def _is_here(place: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        return read_object(place / MANIFEST) == manifest and not altered(place, manifest.get("files", {}))
+    except InputError:
+        return False
