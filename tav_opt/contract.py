@@ -89,6 +89,13 @@ STREAM_INPUTS = (
         name="inversion_steps", dtype="INT32", shape=(1,), doc="absent: those kept with the clip", optional=True
     ),
     ServedTensor(
+        name="inversion_iterations",
+        dtype="INT32",
+        shape=(1,),
+        doc="refinements of each step; absent: as kept with the clip",
+        optional=True,
+    ),
+    ServedTensor(
         name="video", dtype="STRING", shape=(1,), doc="a video file to edit in the clip's place", optional=True
     ),
     ServedTensor(
@@ -219,6 +226,7 @@ class ClipInfo:
     inversion_steps: int
     edit: Mapping[str, Any] = field(default_factory=dict)
     """Of EDIT_DEFAULTS, those that the clip was tuned to be edited with."""
+    inversion_iterations: int = InversionConfig.iterations
     version: int = VERSION
 
     @property
@@ -232,11 +240,12 @@ class ClipInfo:
     @property
     def inversion(self) -> InversionConfig:
         """Of the latents that are kept with it."""
-        return InversionConfig(steps=self.inversion_steps)
+        return InversionConfig(steps=self.inversion_steps, iterations=self.inversion_iterations)
 
     def inversion_of(self, edit: EditConfig) -> InversionConfig:
         """Of an edit's start: the clip's own where the edit asks for no other."""
-        return self.inversion if edit.inversion_steps is None else InversionConfig(steps=edit.inversion_steps)
+        asked = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
+        return replace(self.inversion, **{name: value for name, value in asked.items() if value is not None})
 
     @classmethod
     def from_json(cls, value: Any) -> ClipInfo:
@@ -245,7 +254,7 @@ class ClipInfo:
             raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
-        value = {"edit": {}} | value  # clips of before have none
+        value = {"edit": {}, "inversion_iterations": 0} | value  # clips of before have none
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         from tav_opt import schemas  # not for clients, who read no such file
@@ -297,6 +306,7 @@ def edit_metadata(
         "seed": config.seed,
         "inversion": config.inversion,
         "inversion_steps": info.inversion_of(config).steps,
+        "inversion_iterations": info.inversion_of(config).iterations,
     }
     return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
 

@@ -243,6 +243,11 @@ def edited_cheaply(world: World) -> None:
         assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
 
 
+def edited_from_a_refined_inversion(world: World) -> None:
+    world.shell(BLOCKS["inversion.md: Inversion that comes back, sh 1"])
+    assert frames_of(world.folder / "refined.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
 def nothing(world: World) -> None:
     assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
 
@@ -251,6 +256,7 @@ CHECKS = {
     FIRST: daily_use,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
+    "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,

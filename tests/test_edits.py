@@ -100,13 +100,16 @@ def test_a_source_that_was_sent_is_inverted_once_for_its_content_steps_and_clip(
     frames = frames_like(engine, 1)
 
     def found(**changes) -> str:
-        config = replace(SHORT, inversion_steps=changes.pop("inversion_steps", None))
+        own = {name: changes.pop(name, None) for name in ("inversion_steps", "inversion_iterations")}
+        config = replace(SHORT, **own)
         tensors = to_tensors("toy", config, **{"source_frames": frames} | changes)
         return answered(editor(engine, inversions=kept), tensors)[1].inversion
 
     assert [found(), found()] == ["computed", "memory"]
     assert found(inversion_steps=7) == "memory", "the clip's own steps are 7"
     assert found(inversion_steps=6) == "computed"
+    assert found(inversion_iterations=0) == "memory", "the clip's own are 0"
+    assert found(inversion_iterations=2) == "computed"
     assert found(source_frames=255 - frames) == "computed"
     engine.revision = "r2"
     assert found() == "computed"

@@ -111,6 +111,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "eta": [np.nan, np.inf, -np.inf, -0.1, 1.1, -3e38],
     "seed": [2**63, 2**64 - 1],
     "inversion_steps": [0, -1, 1001, 2**31 - 1, -(2**31)],
+    "inversion_iterations": [-1, 101, 2**31 - 1, -(2**31)],
     "preset": [b"", b"quick", b"FAST", b"\xff", b"fast\0", b"f" * 5000],
     "solver": [b"", b"euler", b"DDIM", b"\xff", b"ddim\0", b"u" * 5000],
     "guidance_interval": [0, -1, 1001, 2**31 - 1, -(2**31)],

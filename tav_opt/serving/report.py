@@ -52,6 +52,7 @@ class Report:
                 f"clip={request.clip!r} engine={self.engine or 'none'} source={source}",
                 f"prompts={len(edit.prompts)} at_once={self.at_once} together={self.together}",
                 f"steps={edit.steps} inversion_steps={edit.inversion_steps} guidance_scale={edit.guidance_scale:g}",
+                f"inversion_iterations={edit.inversion_iterations}",
                 f"solver={edit.solver} guidance_interval={edit.guidance_interval}",
                 f"eta={edit.eta:g} seed={edit.seed} output={request.output!r} inversion={self.inversion or 'none'}",
             ]
