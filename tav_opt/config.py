@@ -116,6 +116,7 @@ DdimSteps = Annotated[int, Within(1, 1000)]
 Iterations = Annotated[int, Within(0, 100)]
 GuidanceScale = Annotated[float, Within(0, 100)]
 LearningRate = Annotated[float, Within(0, 1)]
+Fps = Annotated[float, Within(0.001, 1000)]
 Mib = Annotated[int, Within(0, 2**30)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from tav_opt.config import (
     PRESETS,
     EditConfig,
     EngineName,
+    Fps,
     InputError,
     InversionConfig,
     Preset,
@@ -110,6 +112,9 @@ STREAM_INPUTS = (
     ),
     ServedTensor(name="output", dtype="STRING", shape=(1,), doc="frames or mp4", optional=True),
     ServedTensor(
+        name="fps", dtype="FP32", shape=(1,), doc="of the result; absent: the clip's, with its sound", optional=True
+    ),
+    ServedTensor(
         name="prompt_metadata",
         dtype="BOOL",
         shape=(1,),
@@ -170,6 +175,8 @@ MAX_VIDEO_BYTES = 64 << 20
 """Of a video file in a request."""
 
 Output = Literal["frames", "mp4"]
+FPS = get_args(Fps)[1]
+"""Within which speeds of a result lie."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,6 +192,8 @@ class Request:
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
+    fps: float | None = None
+    """Frames a second of the result; those of the clip, unless given."""
     preset: Preset = "exact"
     given: frozenset[str] = frozenset()
     """Names of the edit's settings that were given: the preset's, or else the clip's own, stand for the others."""
@@ -311,6 +320,11 @@ def edit_metadata(
     return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
 
 
+def same_speed(fps: float | None, other: float) -> bool:
+    """Whether frames a second are as many, which are float32 on the wire, or none are asked for."""
+    return fps is None or math.isclose(fps, other, rel_tol=1e-6)
+
+
 def status_of_refusal(message: str) -> str:
     """The gRPC status that Triton's own refusal of a request should have, which it does not tell on a stream."""
     if _OF_THE_QUEUE.search(message):
@@ -333,6 +347,7 @@ def to_tensors(
     source_frames: np.ndarray | None = None,
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
+    fps: float | None = Request.fps,
     prompt_metadata: bool = Request.prompt_metadata,
     preset: Preset = Request.preset,
     left_out: Collection[str] = (),
@@ -345,6 +360,7 @@ def to_tensors(
     check_preset(preset, set(FILLED_IN) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
+    values |= {"fps": fps}
     # Servers of before do not know these inputs.
     values |= {"prompt_metadata": None if prompt_metadata else False, "preset": None if preset == "exact" else preset}
     usual = {name for name in set(FILLED_IN) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
@@ -410,6 +426,8 @@ def check_request(request: Request) -> None:
     if request.output not in get_args(Output):
         raise InputError(f"output {request.output[:63]!r} is not {' or '.join(get_args(Output))}")
     check_preset(request.preset, request.given)
+    if request.fps is not None and request.fps not in FPS:
+        raise InputError(f"fps {request.fps:g} is not within {FPS}")
     if request.preview_interval < 0:
         raise InputError(f"preview_interval {request.preview_interval}: must be 0 (none) or more")
     sources = [name for name in ("video", "source_frames") if getattr(request, name) is not None]

@@ -260,6 +260,7 @@ class _Run:
             values=values,
             source_latents=engine.source_latents,
             inverted_latents=engine.inverted_latents,
+            sound=self.clip.sound,
         )
         (self.out / DESCRIPTION).unlink(missing_ok=True)  # of a run with fewer steps, whose files are replaced now
         checkpoint.save(tuned, self.out, settings)

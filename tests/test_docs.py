@@ -248,6 +248,11 @@ def edited_from_a_refined_inversion(world: World) -> None:
     assert frames_of(world.folder / "refined.mp4") == (FRAMES, SIDE, SIDE, 3)
 
 
+def edited_at_another_speed(world: World) -> None:
+    world.shell(BLOCKS["sound.md: Sound and speed, sh 1"])
+    assert video.read(world.folder / "slow.mp4").fps == 4
+
+
 def nothing(world: World) -> None:
     assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
 
@@ -268,6 +273,7 @@ CHECKS = {
     "serving.md: Over HTTP, sh 1": streamed,
     "serving.md: Over HTTP, sh 2": fetched,
     "serving.md: Health, sh 1": probed,
+    "sound.md: Sound and speed, sh 1": edited_at_another_speed,
     "tensorrt.md: TensorRT, sh 1": nothing,
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from encoded import comments
-from fakes import GIB, LONG, SHORT, FakeEngine, Stop, answered, editor, told
+from fakes import GIB, LONG, SHORT, FakeEngine, Stop, answered, editor, frames_like, told
 
 from tav_opt import ddim, video
 from tav_opt.config import InputError
@@ -88,11 +88,6 @@ def test_a_cancelled_inversion_leaves_nothing_and_the_next_one_is_whole():
     assert kept.memory_bytes() == 0
     assert answered(editor(FakeEngine(), inversions=kept), tensors)[1].inversion == "computed"
     assert answered(editor(FakeEngine(), inversions=kept), tensors)[1].inversion == "memory"
-
-
-def frames_like(engine, seed: int) -> np.ndarray:
-    info = engine.info
-    return np.random.default_rng(seed).integers(0, 256, (info.frames, info.height, info.width, 3), dtype=np.uint8)
 
 
 def test_a_source_that_was_sent_is_inverted_once_for_its_content_steps_and_clip():

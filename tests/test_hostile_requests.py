@@ -117,6 +117,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "guidance_interval": [0, -1, 1001, 2**31 - 1, -(2**31)],
     "preview_interval": [-1, -(2**31)],
     "output": [b"", b"gif", b"MP4", b"\xff", b"frames\0", b"f" * 5000],
+    "fps": [np.nan, np.inf, -np.inf, -1, 0, 1001],
     "video": [b"", b"\0", b"nonsense", b"\xff" * 10_000, b"<svg/>", b"#EXTM3U\nfile:///etc/passwd\n"],
     "inversion": [],  # every byte is read as true or false
     "prompt_metadata": [],

@@ -189,6 +189,7 @@ def _write_clip(tuned: Checkpoint, folder: Path) -> Path:
         temporary.mkdir()
         checkpoint.save_tensors(tuned.values, temporary / VALUES)
         checkpoint.save_tensors(latents, temporary / LATENTS)
+        checkpoint.save_sound(tuned.sound, temporary)
         write_json(temporary / MANIFEST, {**tuned.info.to_json(), "files": hashes(temporary)})
     if folder.exists() or folder.is_symlink():
         os.replace(folder, old)

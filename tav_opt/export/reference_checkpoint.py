@@ -49,4 +49,5 @@ def read(folder: Path, source: ClipConfig, prompt: str, inverting: InversionConf
         values={name: parameters[name].detach() for name in clip_value_names(sd.unet, TrainConfig.trainable)},
         source_latents=latents,
         inverted_latents=inverted,
+        sound=clip.sound,
     )
