@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from tav_opt.files import DESCRIPTION, altered, sha256, whole, write_json
 
 VALUES = "values.safetensors"
 LATENTS = "latents.safetensors"
+SOUND = "sound.mka"
+"""Only where the source has one."""
 MAX_BYTES = 4 << 30
 """Of a file of tensors; those of a clip on Stable Diffusion 1.x have 149 MB in fp16."""
 _KINDS = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,6 +39,8 @@ class Checkpoint:
     """(1, c, f, h, w), scaled."""
     inverted_latents: Tensor
     """(1, c, f, h, w): DDIM inversion of the source with the tuned UNet under the empty prompt."""
+    sound: bytes | None = None
+    """That of the frames' time, as a Matroska file."""
 
 
 def save(
@@ -48,8 +52,18 @@ def save(
     latents = {"source": checkpoint.source_latents, "inverted": checkpoint.inverted_latents}
     save_tensors(values, folder / VALUES)
     save_tensors({name: value.cpu().float().contiguous() for name, value in latents.items()}, folder / LATENTS)
-    hashes = {name: sha256(folder / name) for name in (VALUES, LATENTS)}
+    hashes = {name: sha256(folder / name) for name in (VALUES, LATENTS, *save_sound(checkpoint.sound, folder))}
     write_json(folder / DESCRIPTION, {**checkpoint.info.to_json(), "files": hashes, "settings": settings})
+
+
+def save_sound(sound: bytes | None, folder: Path) -> list[str]:
+    """Writes it, where there is one → its file's name; that of a clip before goes."""
+    if sound is None:
+        (folder / SOUND).unlink(missing_ok=True)
+        return []
+    with whole(folder / SOUND) as temporary:
+        temporary.write_bytes(sound)
+    return [SOUND]
 
 
 def load(folder: PathLike | ClipFolder) -> Checkpoint:
@@ -59,12 +73,13 @@ def load(folder: PathLike | ClipFolder) -> Checkpoint:
     """
     clip = ClipFolder.at(folder)
     info = clip.info
-    for name in (VALUES, LATENTS):
+    for name in (VALUES, LATENTS, SOUND):
         _check_size(clip.path / name)
     known = dict.fromkeys((VALUES, LATENTS), "") | clip.description.get("files", {})
     if changed := altered(clip.path, known):
         raise InputError(f"{clip.path / changed[0]} is missing or altered: its hash is not the one in {clip.file}")
-    return _read(clip.path, info)
+    sound = (clip.path / SOUND).read_bytes() if SOUND in known else None
+    return replace(_read(clip.path, info), sound=sound)
 
 
 def _check_size(path: Path) -> None:

@@ -113,8 +113,10 @@ Index = Annotated[int, Within(0, 10**6)]
 Side = Annotated[int, Within(1, 2**14)]
 Seed = Annotated[int, Within(0, 2**63 - 1)]
 DdimSteps = Annotated[int, Within(1, 1000)]
+Iterations = Annotated[int, Within(0, 100)]
 GuidanceScale = Annotated[float, Within(0, 100)]
 LearningRate = Annotated[float, Within(0, 1)]
+Fps = Annotated[float, Within(0.001, 1000)]
 Mib = Annotated[int, Within(0, 2**30)]
 
 
@@ -210,11 +212,13 @@ class InversionConfig(Config):
 
     steps: DdimSteps = 50
     """DDIM steps."""
+    iterations: Iterations = 0
+    """How often each step is refined; 0: the reference's step."""
 
     @property
     def key(self) -> str:
         """The same for inversions that lead to the same latents, and only for them."""
-        return f"{self.steps}"
+        return f"{self.steps}+{self.iterations}" if self.iterations else f"{self.steps}"
 
 
 @documented
@@ -258,6 +262,13 @@ class TrainConfig(Config):
     """Keep the last resume state: the same command with more steps then goes on from the finished run."""
     inversion_steps: DdimSteps = InversionConfig.steps
     """DDIM steps of the inversion that is kept with the checkpoint."""
+    inversion_iterations: Iterations = InversionConfig.iterations
+    """How often each of these steps is refined; 0: the reference's step."""
+
+    @property
+    def inversion(self) -> InversionConfig:
+        """Of the clip, once it is tuned."""
+        return InversionConfig(steps=self.inversion_steps, iterations=self.inversion_iterations)
 
 
 EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
@@ -298,6 +309,8 @@ class EditConfig(Config):
     """Start from the inverted latents of the source; False: from seeded noise."""
     inversion_steps: DdimSteps | None = None
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
+    inversion_iterations: Iterations | None = None
+    """How often each step of the inversion is refined; default: as in the one kept with the clip."""
 
     @classmethod
     def of_preset(cls, name: Preset, **settings: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from tav_opt.config import (
     PRESETS,
     EditConfig,
     EngineName,
+    Fps,
     InputError,
     InversionConfig,
     Preset,
@@ -89,6 +91,13 @@ STREAM_INPUTS = (
         name="inversion_steps", dtype="INT32", shape=(1,), doc="absent: those kept with the clip", optional=True
     ),
     ServedTensor(
+        name="inversion_iterations",
+        dtype="INT32",
+        shape=(1,),
+        doc="refinements of each step; absent: as kept with the clip",
+        optional=True,
+    ),
+    ServedTensor(
         name="video", dtype="STRING", shape=(1,), doc="a video file to edit in the clip's place", optional=True
     ),
     ServedTensor(
@@ -102,6 +111,9 @@ STREAM_INPUTS = (
         name="preview_interval", dtype="INT32", shape=(1,), doc="a preview every so many steps; 0: none", optional=True
     ),
     ServedTensor(name="output", dtype="STRING", shape=(1,), doc="frames or mp4", optional=True),
+    ServedTensor(
+        name="fps", dtype="FP32", shape=(1,), doc="of the result; absent: the clip's, with its sound", optional=True
+    ),
     ServedTensor(
         name="prompt_metadata",
         dtype="BOOL",
@@ -163,6 +175,8 @@ MAX_VIDEO_BYTES = 64 << 20
 """Of a video file in a request."""
 
 Output = Literal["frames", "mp4"]
+FPS = get_args(Fps)[1]
+"""Within which speeds of a result lie."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,6 +192,8 @@ class Request:
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
+    fps: float | None = None
+    """Frames a second of the result; those of the clip, unless given."""
     preset: Preset = "exact"
     given: frozenset[str] = frozenset()
     """Names of the edit's settings that were given: the preset's, or else the clip's own, stand for the others."""
@@ -219,6 +235,7 @@ class ClipInfo:
     inversion_steps: int
     edit: Mapping[str, Any] = field(default_factory=dict)
     """Of EDIT_DEFAULTS, those that the clip was tuned to be edited with."""
+    inversion_iterations: int = InversionConfig.iterations
     version: int = VERSION
 
     @property
@@ -232,11 +249,12 @@ class ClipInfo:
     @property
     def inversion(self) -> InversionConfig:
         """Of the latents that are kept with it."""
-        return InversionConfig(steps=self.inversion_steps)
+        return InversionConfig(steps=self.inversion_steps, iterations=self.inversion_iterations)
 
     def inversion_of(self, edit: EditConfig) -> InversionConfig:
         """Of an edit's start: the clip's own where the edit asks for no other."""
-        return self.inversion if edit.inversion_steps is None else InversionConfig(steps=edit.inversion_steps)
+        asked = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
+        return replace(self.inversion, **{name: value for name, value in asked.items() if value is not None})
 
     @classmethod
     def from_json(cls, value: Any) -> ClipInfo:
@@ -245,7 +263,7 @@ class ClipInfo:
             raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
-        value = {"edit": {}} | value  # clips of before have none
+        value = {"edit": {}, "inversion_iterations": 0} | value  # clips of before have none
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         from tav_opt import schemas  # not for clients, who read no such file
@@ -297,8 +315,14 @@ def edit_metadata(
         "seed": config.seed,
         "inversion": config.inversion,
         "inversion_steps": info.inversion_of(config).steps,
+        "inversion_iterations": info.inversion_of(config).iterations,
     }
     return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
+
+
+def same_speed(fps: float | None, other: float) -> bool:
+    """Whether frames a second are as many, which are float32 on the wire, or none are asked for."""
+    return fps is None or math.isclose(fps, other, rel_tol=1e-6)
 
 
 def status_of_refusal(message: str) -> str:
@@ -323,6 +347,7 @@ def to_tensors(
     source_frames: np.ndarray | None = None,
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
+    fps: float | None = Request.fps,
     prompt_metadata: bool = Request.prompt_metadata,
     preset: Preset = Request.preset,
     left_out: Collection[str] = (),
@@ -335,6 +360,7 @@ def to_tensors(
     check_preset(preset, set(FILLED_IN) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
+    values |= {"fps": fps}
     # Servers of before do not know these inputs.
     values |= {"prompt_metadata": prompt_metadata or None, "preset": None if preset == "exact" else preset}
     usual = {name for name in set(FILLED_IN) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
@@ -400,6 +426,8 @@ def check_request(request: Request) -> None:
     if request.output not in get_args(Output):
         raise InputError(f"output {request.output[:63]!r} is not {' or '.join(get_args(Output))}")
     check_preset(request.preset, request.given)
+    if request.fps is not None and request.fps not in FPS:
+        raise InputError(f"fps {request.fps:g} is not within {FPS}")
     if request.preview_interval < 0:
         raise InputError(f"preview_interval {request.preview_interval}: must be 0 (none) or more")
     sources = [name for name in ("video", "source_frames") if getattr(request, name) is not None]

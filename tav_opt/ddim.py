@@ -188,7 +188,7 @@ def _with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
 
 
-def _clean_and_noise(latents: Tensor, predicted: Tensor, alpha: float, kind: PredictionType) -> tuple[Tensor, Tensor]:
+def clean_and_noise(latents: Tensor, predicted: Tensor, alpha: float, kind: PredictionType) -> tuple[Tensor, Tensor]:
     """The clean latents x₀ and the noise ε that a prediction at ᾱ stands for (v: Salimans & Ho 2022, appendix D)."""
     a, s = alpha**0.5, (1 - alpha) ** 0.5
     if kind == "v_prediction":
@@ -257,7 +257,9 @@ def timestep_rows(timestep: Timestep, latents: Tensor) -> Tensor:
     return torch.as_tensor(timestep).to(latents.device).expand(len(latents))
 
 
-def _timesteps(schedule: Schedule, latents: Tensor, steps: int, *, upward: bool) -> Iterator[tuple[int, int, Tensor]]:
+def each_timestep(
+    schedule: Schedule, latents: Tensor, steps: int, *, upward: bool
+) -> Iterator[tuple[int, int, Tensor]]:
     """Each step's number, timestep, and timestep on the latents' device, where all are put by one copy."""
     timesteps = schedule.timesteps(steps)
     timesteps = timesteps[::-1] if upward else timesteps
@@ -273,10 +275,10 @@ def invert(
     latents (b,c,f,h,w), text as `predict` takes it → (b,c,f,h,w). The noise is predicted at the *next* timestep from
     the present latents, as the reference does.
     """
-    for number, timestep, on_device in _timesteps(schedule, latents, steps, upward=True):
+    for number, timestep, on_device in each_timestep(schedule, latents, steps, upward=True):
         predicted = predict(latents, on_device, text)
         before = schedule.alpha_before(timestep, steps)
-        clean, noise = _clean_and_noise(latents, predicted, before, schedule.prediction_type)
+        clean, noise = clean_and_noise(latents, predicted, before, schedule.prediction_type)
         latents = noised(clean, noise, schedule.alpha(timestep))
         on_step(Step("invert", number, steps, latents, clean))
     return latents
@@ -307,10 +309,10 @@ def sample(
     """
     if unconditional is not None and guidance_scale != 1.0:
         predict = Guided(predict, unconditional, guidance_scale, guidance_interval, steps)
-    for number, timestep, on_device in _timesteps(schedule, latents, steps, upward=False):
+    for number, timestep, on_device in each_timestep(schedule, latents, steps, upward=False):
         predicted = predict(latents, on_device, text)
         alpha, after = schedule.alpha(timestep), schedule.alpha_before(timestep, steps)
-        clean, noise = _clean_and_noise(latents, predicted, alpha, schedule.prediction_type)
+        clean, noise = clean_and_noise(latents, predicted, alpha, schedule.prediction_type)
         if solver is not None:
             latents = solver(Known(alpha, latents, clean, noise), after)
         elif eta > 0:

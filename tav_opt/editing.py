@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tav_opt import ddim
+from tav_opt import ddim, inversion
 from tav_opt.config import EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
 from tav_opt.solvers import solver
 
@@ -45,13 +45,11 @@ def start_latents(
     if not config.inversion:
         noise = torch.randn(engine.source_latents.shape, generator=torch.Generator().manual_seed(config.seed))
         return noise.to(engine.source_latents)
-    inversion = engine.info.inversion_of(config)
-    if frames is None and inversion.key == engine.info.inversion.key:
+    asked = engine.info.inversion_of(config)
+    if frames is None and asked.key == engine.info.inversion.key:
         return engine.inverted_latents
     source = engine.source_latents if frames is None else engine.encode_video(frames)
-    return ddim.invert(
-        engine.predict, source, engine.encode_text([""]), engine.schedule, inversion.steps, on_step=on_step
-    )
+    return inversion.invert(engine.predict, source, engine.encode_text([""]), engine.schedule, asked, on_step=on_step)
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:

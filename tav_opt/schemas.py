@@ -41,6 +41,7 @@ class ClipDescription(Manifest):
     width: Side
     fps: Annotated[float, Field(ge=0.001, le=1000)]
     inversion_steps: Annotated[int, Field(ge=1, le=1000)]
+    inversion_iterations: Annotated[int, Field(ge=0, le=100)] = 0
     settings: dict[str, Any] = {}
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tav_opt import checkpoint, ddim, editing, models, plots, tuning_state, video
+from tav_opt import checkpoint, ddim, editing, inversion, models, plots, tuning_state, video
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.command import Interrupted
@@ -157,7 +157,9 @@ def _resumable(out: Path) -> Iterator[None]:
 
 def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig) -> dict[str, Any]:
     """All that the resulting weights depend on: a stopped run goes on only under the same."""
-    passing = ("preview_every", "preview_prompts", "save_every", "keep_state")
+    passing = {"preview_every", "preview_prompts", "save_every", "keep_state"}
+    if not config.inversion_iterations:
+        passing.add("inversion_iterations")  # of which states of before say nothing
     return {
         "base": sd.base.hash,
         "clip": hashlib.sha256(clip.frames.tobytes()).hexdigest(),
@@ -187,6 +189,7 @@ def _info(model: str, settings: dict[str, Any], clip: Clip, edit: dict[str, Any]
         width=width,
         fps=clip.fps,
         inversion_steps=settings["inversion_steps"],
+        inversion_iterations=settings.get("inversion_iterations", 0),
         edit=edit,
     )
 
@@ -271,6 +274,7 @@ class _Run:
             values=values,
             source_latents=engine.source_latents,
             inverted_latents=engine.inverted_latents,
+            sound=self.clip.sound,
         )
         (self.out / DESCRIPTION).unlink(missing_ok=True)  # of a run with fewer steps, whose files are replaced now
         checkpoint.save(tuned, self.out, settings)
@@ -278,8 +282,7 @@ class _Run:
     def inverted(self, on_step: ddim.OnStep) -> _Tuning:
         """The engine with the clip's inversion by the UNet as it is, under the empty prompt."""
         engine = self.engine
-        steps = self.config.inversion_steps
-        latents = ddim.invert(
-            engine.predict, engine.source_latents, self.empty, engine.schedule, steps, on_step=on_step
+        latents = inversion.invert(
+            engine.predict, engine.source_latents, self.empty, engine.schedule, self.config.inversion, on_step=on_step
         )
         return replace(engine, inverted_latents=latents)

@@ -30,6 +30,7 @@ class FakeEngine:
     revision = "r1"
     kind = "onnxruntime"
     frames_at_once = 4
+    sound = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -52,6 +53,11 @@ class FakeEngine:
 
     def extra_bytes(self, prompts, *, encode=False):
         return prompts * GIB
+
+
+def frames_like(engine, seed: int) -> np.ndarray:
+    info = engine.info
+    return np.random.default_rng(seed).integers(0, 256, (info.frames, info.height, info.width, 3), dtype=np.uint8)
 
 
 def nothing() -> None:

@@ -40,6 +40,7 @@ INFO = ClipInfo(
         seed=st.integers(0, 2**64 - 1),
         inversion=st.booleans(),
         inversion_steps=st.integers(0, 2**31 - 1),
+        inversion_iterations=st.integers(0, 2**31 - 1),
         solver=TEXT,
         guidance_interval=st.integers(0, 2**31 - 1),
     ),

@@ -265,10 +265,21 @@ def nothing(name: str) -> Any:
     return check
 
 
+def edited_from_a_refined_inversion(world: World) -> None:
+    world.shell(BLOCKS["inversion.md: Inversion that comes back, sh 1"])
+    assert frames_of(world.folder / "refined.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
+def edited_at_another_speed(world: World) -> None:
+    world.shell(BLOCKS["sound.md: Sound and speed, sh 1"])
+    assert video.read(world.folder / "slow.mp4").fps == 4
+
+
 CHECKS = {
     FIRST: daily_use,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
+    "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,
@@ -283,6 +294,7 @@ CHECKS = {
     "kubernetes.md: On Kubernetes, sh 1": nothing("kubernetes.md: On Kubernetes, sh 1"),
     "operating.md: Load, sh 1": nothing("operating.md: Load, sh 1"),
     "sharing.md: Sharing a clip, sh 1": told,
+    "sound.md: Sound and speed, sh 1": edited_at_another_speed,
     "tensorrt.md: TensorRT, sh 1": nothing("tensorrt.md: TensorRT, sh 1"),
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from encoded import comments
-from fakes import GIB, LONG, SHORT, FakeEngine, Stop, answered, editor, told
+from fakes import GIB, LONG, SHORT, FakeEngine, Stop, answered, editor, frames_like, told
 
 from tav_opt import ddim, video
 from tav_opt.config import InputError
@@ -90,23 +90,21 @@ def test_a_cancelled_inversion_leaves_nothing_and_the_next_one_is_whole():
     assert answered(editor(FakeEngine(), inversions=kept), tensors)[1].inversion == "memory"
 
 
-def frames_like(engine, seed: int) -> np.ndarray:
-    info = engine.info
-    return np.random.default_rng(seed).integers(0, 256, (info.frames, info.height, info.width, 3), dtype=np.uint8)
-
-
 def test_a_source_that_was_sent_is_inverted_once_for_its_content_steps_and_clip():
     engine, kept = FakeEngine(), Inversions(memory_limit=GIB)
     frames = frames_like(engine, 1)
 
     def found(**changes) -> str:
-        config = replace(SHORT, inversion_steps=changes.pop("inversion_steps", None))
+        own = {name: changes.pop(name, None) for name in ("inversion_steps", "inversion_iterations")}
+        config = replace(SHORT, **own)
         tensors = to_tensors("toy", config, **{"source_frames": frames} | changes)
         return answered(editor(engine, inversions=kept), tensors)[1].inversion
 
     assert [found(), found()] == ["computed", "memory"]
     assert found(inversion_steps=7) == "memory", "the clip's own steps are 7"
     assert found(inversion_steps=6) == "computed"
+    assert found(inversion_iterations=0) == "memory", "the clip's own are 0"
+    assert found(inversion_iterations=2) == "computed"
     assert found(source_frames=255 - frames) == "computed"
     engine.revision = "r2"
     assert found() == "computed"

@@ -105,9 +105,9 @@ def assert_same_frames(found: np.ndarray, expected: np.ndarray, tolerance: Toler
     assert difference.max() <= tolerance.most, difference.max()
 
 
-@pytest.mark.parametrize("inversion_steps", [STEPS, STEPS + 1])
+@pytest.mark.parametrize(("inversion_steps", "iterations"), [(STEPS, 0), (STEPS + 1, 0), (STEPS, 2)])
 def test_edit_is_the_eager_one(
-    engine: ExportedEngine, eager: TorchEngine, tolerance: Tolerance, inversion_steps: int
+    engine: ExportedEngine, eager: TorchEngine, tolerance: Tolerance, inversion_steps: int, iterations: int
 ) -> None:
     """With the clip's own inverted latents, and inverted anew."""
     config = EditConfig(
@@ -117,6 +117,7 @@ def test_edit_is_the_eager_one(
         guidance_scale=7.5,
         eta=0.5,
         inversion_steps=inversion_steps,
+        inversion_iterations=iterations,
     )
     found, expected = editing.edit(engine, config), editing.edit(eager, config)
     assert found.shape == (2, FRAMES, SIDE, SIDE, 3)

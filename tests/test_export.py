@@ -19,7 +19,7 @@ from exported import FRAMES, Exported, export_once, other_values
 from onnx import TensorProto, helper
 
 from tav_opt import checkpoint, models
-from tav_opt.config import ClipConfig, InputError
+from tav_opt.config import ClipConfig, InputError, InversionConfig
 from tav_opt.engines.registry import open_clip
 from tav_opt.export import exporting, parity, reference_checkpoint, sparse_causal
 from tav_opt.export.__main__ import main
@@ -180,7 +180,7 @@ def test_what_the_reference_saved_is_read(golden: Path, tmp_path: Path) -> None:
     unit = truth["source_video_unit_range"][0].permute(0, 2, 3, 1).numpy()
     write(tmp_path / "clip", (unit * 255).round().astype(np.uint8), 8.0)
     source = ClipConfig(video=tmp_path / "clip", frames=5, stride=1, height=64, width=64)
-    tuned = reference_checkpoint.read(folder / "tuned", source, "a panda is skiing", inversion_steps=8)
+    tuned = reference_checkpoint.read(folder / "tuned", source, "a panda is skiing", InversionConfig(steps=8))
     saved = torch.load(folder / "tuned" / "unet" / "diffusion_pytorch_model.bin", weights_only=True)
     assert any("attn_temp" in name for name in tuned.values)
     assert all(torch.equal(value, saved[name]) for name, value in tuned.values.items())

@@ -111,11 +111,13 @@ BAD_VALUES: dict[str, list[object]] = {
     "eta": [np.nan, np.inf, -np.inf, -0.1, 1.1, -3e38],
     "seed": [2**63, 2**64 - 1],
     "inversion_steps": [0, -1, 1001, 2**31 - 1, -(2**31)],
+    "inversion_iterations": [-1, 101, 2**31 - 1, -(2**31)],
     "preset": [b"", b"quick", b"FAST", b"\xff", b"fast\0", b"f" * 5000],
     "solver": [b"", b"euler", b"DDIM", b"\xff", b"ddim\0", b"u" * 5000],
     "guidance_interval": [0, -1, 1001, 2**31 - 1, -(2**31)],
     "preview_interval": [-1, -(2**31)],
     "output": [b"", b"gif", b"MP4", b"\xff", b"frames\0", b"f" * 5000],
+    "fps": [np.nan, np.inf, -np.inf, -1, 0, 1001],
     "video": [b"", b"\0", b"nonsense", b"\xff" * 10_000, b"<svg/>", b"#EXTM3U\nfile:///etc/passwd\n"],
     "inversion": [],  # every byte is read as true or false
     "prompt_metadata": [],

@@ -63,6 +63,7 @@ KEYS = [
     "seed",
     "inversion",
     "inversion_steps",
+    "inversion_iterations",
 ]
 
 

@@ -16,6 +16,7 @@ import tritonclient.grpc as triton
 from encoded import comments, lossless
 from exported import FRAMES, SIDE, STEPS, Exported, export_once
 from served import Answer, Raw, Wire, metrics, post, processes, raw, request, serving, until
+from test_sound import has_sound, loud, near, recorded
 from tritonclient.utils import np_to_triton_dtype
 
 from tav_opt import cli, contract, editing, video
@@ -150,7 +151,28 @@ def test_a_file_is_fitted_to_the_clip_and_edited(server, engine, tmp_path, size)
     assert_same(found.frames, editing.edit(engine, SHORT, frames=fitted))
 
 
+def test_a_file_brings_its_speed_and_sound(server, exported, tmp_path):
+    """Which the clip itself has none of."""
+    source = recorded(tmp_path / "source.mp4", "aac", "mp4")
+    asked = f"--clip first --url {server.grpc_url} --prompt x --steps 2 --video {source} --start 60 --stride 2".split()
+    for name, options in (("own.mp4", ()), ("slow.mp4", ("--fps", "4"))):
+        assert cli.main(["request", *asked, *options, "--out", str(tmp_path / name)]) == 0
+    own, slow = (tmp_path / "own.mp4").read_bytes(), (tmp_path / "slow.mp4").read_bytes()
+    assert (video.decode(own).fps, video.decode(slow).fps) == (15, 4)
+    near(loud(own), (0.0, 4 / 15, 4 / 15))
+    assert not has_sound(slow)
+    assert comments(tmp_path / "own.mp4")[0]["clip"] == "first"
+
+
 # Edits.
+
+
+def test_an_inversion_with_iterations_is_the_engines_and_kept_apart(wire, engine):
+    config = replace(SHORT, inversion_iterations=2)
+    first, again, plain = asked(wire, config), asked(wire, config), asked(wire)
+    assert stages(first)[:STEPS] == ["invert"] * STEPS and "invert" not in stages(again) + stages(plain)
+    assert_same(first.last["frames"], editing.edit(engine, config))
+    assert np.abs(first.last["frames"].astype(int) - plain.last["frames"]).max() > 2
 
 
 def other_frames(seed: int) -> np.ndarray:

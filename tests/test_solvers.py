@@ -35,7 +35,7 @@ def test_every_step_is_that_of_diffusers(name, process, end, steps):
     step, kind = solver(name, steps), scheduler.config.prediction_type
     x = ours = START
     for t, alpha, after in zip(scheduler.timesteps, alphas[:-1], alphas[1:], strict=True):
-        clean, noise = ddim._clean_and_noise(ours, smooth(ours, t, TEXT), alpha, kind)
+        clean, noise = ddim.clean_and_noise(ours, smooth(ours, t, TEXT), alpha, kind)
         ours = step(ddim.Known(alpha, ours, clean, noise), after)
         x = scheduler.step(smooth(x, t, TEXT), t, x).prev_sample
         assert (ours - x).abs().max() < 2e-4 * x.abs().max(), int(t)

@@ -41,7 +41,13 @@ def check_edit(args: EditConfig, out: Path, files: int) -> None:
         video.check_out(path)
 
 
-def write(out: Path, edits: Sequence[np.ndarray | bytes], fps: float, metadata: Sequence[Mapping[str, Any]]) -> None:
+def write(
+    out: Path,
+    edits: Sequence[np.ndarray | bytes],
+    fps: float,
+    metadata: Sequence[Mapping[str, Any]],
+    sound: bytes | None = None,
+) -> None:
     """Each edit, of frames or a file, under a name of its own; a server's files carry their metadata already."""
     from tav_opt import video
 
@@ -49,7 +55,7 @@ def write(out: Path, edits: Sequence[np.ndarray | bytes], fps: float, metadata: 
         if isinstance(edit, bytes):
             video.write_encoded(path, edit)
         else:
-            video.write(path, edit, fps, metadata[number] if metadata else None)
+            video.write(path, edit, fps, metadata[number] if metadata else None, sound=sound)
         print(path)
 
 

@@ -22,7 +22,7 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import PRESETS, EditConfig, EngineChoice, Preset, check_preset
+from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, Preset, check_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Edit(EditConfig):
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    fps: Fps | None = None
+    """Frames a second; default: those at which the clip moves as its source did, with its sound. Others go without."""
     side_by_side: bool = False
     """Write one video that shows the source beside all edits, with captions."""
     prompt_metadata: bool = False
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     import torch
 
     from tav_opt import editing
-    from tav_opt.contract import edit_metadata
+    from tav_opt.contract import edit_metadata, same_speed
     from tav_opt.device import told
     from tav_opt.engines.registry import load
     from tav_opt.video import contact_sheet
@@ -95,4 +97,6 @@ def run(arguments: Sequence[str]) -> None:
         engine=engine.kind,
         with_prompts=args.prompt_metadata,
     )
-    write(args.out, edits, engine.info.fps, [about(prompts) for prompts in captions])
+    fps = args.fps or engine.info.fps
+    sound = engine.sound if same_speed(args.fps, engine.info.fps) else None
+    write(args.out, edits, fps, [about(prompts) for prompts in captions], sound)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tav_opt import progress
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Index, Preset, Within
+from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Fps, Index, Preset, Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ class Request(EditConfig):
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
     """MP4 file, which the server encodes, GIF file, or a folder for PNGs; several prompts are numbered."""
+    fps: Fps | None = None
+    """Frames a second; default: those at which the clip, or the video, moves as it did, with its sound. Others go
+    without."""
     prompt_metadata: bool = False
     """Write the prompts into the files, beside the other settings."""
 
@@ -79,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
                 deadline_s=args.deadline,
                 output=output,
                 prompt_metadata=args.prompt_metadata,
+                fps=args.fps,
                 preset=args.preset,
                 left_out=set(FILLED_IN) - given,
                 **source,

@@ -105,6 +105,10 @@ class Options(TypedDict, total=False):
     preview_interval: int
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
+    fps: float | None
+    """Frames a second of the result; default: the clip's, or those of a video's file; at others there is no sound."""
+    sound: bytes | None
+    """A Matroska file's, for MP4s of a source in the clip's place; that of a video's file unless given."""
     prompt_metadata: bool
     """True: the metadata names the prompts."""
     preset: Preset
@@ -153,6 +157,7 @@ class Exchange:
         self._retry, self._pauses = retry, retry.pauses()
         self._ends = None if deadline_s is None else time.monotonic() + deadline_s
         self._answered = False
+        self._sound: bytes | None = None
 
     @classmethod
     def of(cls, clip: str, edit: EditConfig | Sequence[str], options: Options, retry: Retry) -> Exchange:
@@ -161,9 +166,12 @@ class Exchange:
         asked: dict[str, Any] = dict(options)
         left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else FILLED_IN)
         deadline_s = asked.pop("deadline_s", None)
+        sound = asked.pop("sound", None)
         if unknown := sorted(set(asked) - SERVED):
             raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
-        return cls(to_tensors(clip, config, left_out=left_out, **asked), retry=retry, deadline_s=deadline_s)
+        exchange = cls(to_tensors(clip, config, left_out=left_out, **asked), retry=retry, deadline_s=deadline_s)
+        exchange._sound = sound
+        return exchange
 
     @classmethod
     def about(cls, clip: str, retry: Retry, deadline_s: float | None) -> Exchange:
@@ -232,10 +240,17 @@ class Exchange:
         return Edit(
             frames=tensors.get("frames", np.empty((0, 0, 0, 0, 3), np.uint8)),
             fps=float(tensors["fps"][0]),
-            videos=tuple(tensors.get("video", ())),
+            videos=tuple(self._sounding(file) for file in tensors.get("video", ())),
             request_id=self.request_id,
             metadata=tuple(map(json.loads, tensors.get("metadata", ()))),
         )
+
+    def _sounding(self, mp4: bytes) -> bytes:
+        if self._sound is None:
+            return mp4
+        from tav_opt.video import sound  # av is not needed elsewhere in the client
+
+        return sound.added(mp4, self._sound)
 
     def _left(self) -> float | None:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())

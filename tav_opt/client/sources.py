@@ -9,7 +9,7 @@ from typing import Any
 
 from tav_opt.client.exchange import Options
 from tav_opt.config import ClipConfig, InputError
-from tav_opt.contract import ServedClip
+from tav_opt.contract import ServedClip, same_speed
 
 FITTING = ("start", "stride", "uniform", "fit")
 """Options that mean what they mean in ClipConfig."""
@@ -34,7 +34,7 @@ def path_of(options: Options) -> Path | None:
 
 
 def fitted(options: Options, path: Path, clip: ServedClip, *, began: float) -> Options:
-    """The options with frames of `path` in place of the video, as many and as large as the clip's.
+    """The options with frames of `path` in place of the video, as many and as large as the clip's; its speed and sound.
 
     The deadline counts from `began` (time.monotonic). Raises InputError as `video.read` does.
     """
@@ -46,6 +46,9 @@ def fitted(options: Options, path: Path, clip: ServedClip, *, began: float) -> O
     for name in ("video", *FITTING):
         left.pop(name, None)  # type: ignore[misc]
     left["source_frames"] = source.frames
+    if same_speed(left.get("fps"), source.fps):
+        left["fps"] = None if same_speed(source.fps, clip.fps) else source.fps  # servers of before know none
+        left.setdefault("sound", source.sound)
     if (deadline_s := left.get("deadline_s")) is not None:
         left["deadline_s"] = max(deadline_s - (time.monotonic() - began), 1e-3)
     return left

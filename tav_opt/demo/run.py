@@ -160,7 +160,7 @@ def _subject(config: DemoConfig) -> _Subject:
 def _read(config: DemoConfig, subject: _Subject, model: str) -> video.Clip:
     size = config.size or Base.at(model).native_size
     clip = video.read(ClipConfig(video=subject.video, frames=config.frames, uniform=True, height=size, width=size))
-    return replace(clip, fps=min(clip.fps, 12.0))
+    return clip if clip.fps <= 12 else replace(clip, fps=12.0, sound=None)  # slower than its sound
 
 
 @contextmanager

@@ -36,6 +36,10 @@ class Engine(Protocol):
     def inverted_latents(self) -> Tensor:
         """(1, c, f, h, w): of the source, by `info.inversion`."""
 
+    @property
+    def sound(self) -> bytes | None:
+        """Of the source's time, as a Matroska file; None where it has none."""
+
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""
 

@@ -113,6 +113,7 @@ class ExportedEngine:
     calls: Mapping[str, Call]
     held_bytes: int
     """Of its values and latents in memory."""
+    sound: bytes | None = None
 
     @classmethod
     def open(cls, folder: Path, base: ExportedBase) -> ExportedEngine:
@@ -142,6 +143,7 @@ class ExportedEngine:
             inverted_latents=latents[1],
             calls=calls,
             held_bytes=held + sum(x.nbytes for x in latents),
+            sound=tuned.sound,
         )
 
     def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:

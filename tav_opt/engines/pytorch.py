@@ -84,6 +84,7 @@ class TorchEngine:
     info: ClipInfo
     source_latents: Tensor
     inverted_latents: Tensor
+    sound: bytes | None = None
 
     @property
     def kind(self) -> EngineName:
@@ -128,6 +129,7 @@ def open_checkpoint(
         info=tuned.info,
         source_latents=tuned.source_latents.to(place, dtype),
         inverted_latents=tuned.inverted_latents.to(place, dtype),
+        sound=tuned.sound,
     )
 
 

@@ -13,7 +13,18 @@ from tqdm import tqdm
 
 from tav_opt import command, progress
 from tav_opt.clip_folder import hub_id_of
-from tav_opt.config import ClipConfig, Count, DdimSteps, Index, InputError, Side, TrainConfig, check_numbers
+from tav_opt.config import (
+    ClipConfig,
+    Count,
+    DdimSteps,
+    Index,
+    InputError,
+    InversionConfig,
+    Iterations,
+    Side,
+    TrainConfig,
+    check_numbers,
+)
 
 if TYPE_CHECKING:
     from tav_opt.export.parity import OnGraph, Parity
@@ -61,7 +72,8 @@ class ExportConfig:
     height: Side = ClipConfig.height
     width: Side = ClipConfig.width
     fit: Literal["crop", "squash"] = ClipConfig.fit
-    inversion_steps: DdimSteps = TrainConfig.inversion_steps
+    inversion_steps: DdimSteps = InversionConfig.steps
+    inversion_iterations: Iterations = InversionConfig.iterations
 
     def source(self) -> ClipConfig | None:
         """The clip to read, if one is given."""
@@ -101,7 +113,7 @@ def export(arguments: Sequence[str], prog: str) -> int:
                 base=config.base,
                 source=config.source(),
                 prompt=config.prompt,
-                inversion_steps=config.inversion_steps,
+                inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
                 on_graph=report,
                 on_edit=report_edit,
                 on_progress=on_progress,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tav_opt import checkpoint, models
 from tav_opt.base.directory import checked_base
 from tav_opt.checkpoint import LATENTS, VALUES, Checkpoint
-from tav_opt.config import ClipConfig, InputError, OnProgress, PathLike, TrainConfig
+from tav_opt.config import ClipConfig, InputError, InversionConfig, OnProgress, PathLike
 from tav_opt.contract import VERSION, check_clip_name
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
 from tav_opt.engines.onnxruntime import OnnxGraphs, load_onnxruntime
@@ -43,7 +43,7 @@ def export(
     base: PathLike | None = None,
     source: ClipConfig | None = None,
     prompt: str | None = None,
-    inversion_steps: int = TrainConfig.inversion_steps,
+    inversion: InversionConfig = InversionConfig(),  # noqa: B008 — frozen
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,
     on_progress: OnProgress | None = None,
@@ -52,7 +52,7 @@ def export(
 
     `name` is the folder's unless given; `base` says where the base model is now. The base's graphs are written when no
     clip of the same base and size is there yet, else only values are copied. A directory that the reference saved
-    needs `source` and `prompt`, and is inverted in `inversion_steps`. Raises InputError, and ParityError for a graph,
+    needs `source` and `prompt`, and is inverted by `inversion`. Raises InputError, and ParityError for a graph,
     or a whole edit, that departs from eager PyTorch: either way nothing is written.
     """
     checkpoint_dir = Path(checkpoint_dir)
@@ -67,7 +67,7 @@ def export(
             )
         if base is not None:
             raise InputError(f"--base {base}: {checkpoint_dir} is a whole model, and its own base")
-        tuned = reference_checkpoint.read(checkpoint_dir, source, prompt, inversion_steps)
+        tuned = reference_checkpoint.read(checkpoint_dir, source, prompt, inversion)
     else:
         if source is not None or prompt is not None:
             raise InputError(f"--video and --prompt are for what the reference saved; {checkpoint_dir} has its own")
@@ -189,6 +189,7 @@ def _write_clip(tuned: Checkpoint, folder: Path) -> Path:
         temporary.mkdir()
         checkpoint.save_tensors(tuned.values, temporary / VALUES)
         checkpoint.save_tensors(latents, temporary / LATENTS)
+        checkpoint.save_sound(tuned.sound, temporary)
         write_json(temporary / MANIFEST, {**tuned.info.to_json(), "files": hashes(temporary)})
     if folder.exists() or folder.is_symlink():
         os.replace(folder, old)

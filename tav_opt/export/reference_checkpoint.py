@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tav_opt import checkpoint, ddim, models, video
+from tav_opt import checkpoint, inversion, models, video
 from tav_opt.checkpoint import Checkpoint
-from tav_opt.config import ClipConfig, InputError, TrainConfig
+from tav_opt.config import ClipConfig, InputError, InversionConfig, TrainConfig
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.files import read_object
@@ -19,7 +19,7 @@ def is_reference(folder: Path) -> bool:
     return config.is_file() and checkpoint.is_reference_unet(read_object(config))
 
 
-def read(folder: Path, source: ClipConfig, prompt: str, inversion_steps: int) -> Checkpoint:
+def read(folder: Path, source: ClipConfig, prompt: str, inverting: InversionConfig) -> Checkpoint:
     """The tuned clip in such a directory, which serves as its own base; inverts `source` under the empty prompt.
 
     Raises InputError for a clip that cannot be read or does not fit, and for an empty prompt.
@@ -37,15 +37,17 @@ def read(folder: Path, source: ClipConfig, prompt: str, inversion_steps: int) ->
         height=source.height,
         width=source.width,
         fps=clip.fps,
-        inversion_steps=inversion_steps,
+        inversion_steps=inverting.steps,
+        inversion_iterations=inverting.iterations,
     )
     latents = models.encode_video(sd, clip.frames)
     engine = TorchEngine(sd=sd, info=info, source_latents=latents, inverted_latents=latents)
-    inverted = ddim.invert(engine.predict, latents, engine.encode_text([""]), sd.schedule, inversion_steps)
+    inverted = inversion.invert(engine.predict, latents, engine.encode_text([""]), sd.schedule, inverting)
     parameters = dict(sd.unet.named_parameters())
     return Checkpoint(
         info=info,
         values={name: parameters[name].detach() for name in clip_value_names(sd.unet, TrainConfig.trainable)},
         source_latents=latents,
         inverted_latents=inverted,
+        sound=clip.sound,
     )

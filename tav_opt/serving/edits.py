@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tav_opt import ddim, editing, video
 from tav_opt.config import InputError
-from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors
+from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
 from tav_opt.ddim import Timestep
 from tav_opt.engines import Engine
 from tav_opt.memory.promises import Memory
@@ -110,7 +110,7 @@ class Editor:
         with report.stage("render"):
             result = _result(engine, request, _rendered(engine, sampled, progress.go_on))
         steps = report.steps["sample"]
-        return {**told("done", steps, steps), **result, "fps": np.array([engine.info.fps], np.float32)}
+        return {**told("done", steps, steps), **result, "fps": np.array([request.fps or engine.info.fps], np.float32)}
 
     def _start(self, engine: ServedEngine, request: Request, progress: _Progress) -> Tensor:
         """The latents that sampling starts from: computed only where they are neither the clip's nor kept."""
@@ -260,5 +260,7 @@ def _result(engine: ServedEngine, request: Request, frames: np.ndarray) -> dict[
     if request.output == "frames":
         return {"frames": frames, **told}
     files = np.empty(len(frames), np.object_)
-    files[:] = [video.encode_mp4(edit, engine.info.fps, one) for edit, one in zip(frames, metadata, strict=True)]
+    own = request.video is None and request.source_frames is None and same_speed(request.fps, engine.info.fps)
+    sound, fps = engine.sound if own else None, request.fps or engine.info.fps
+    files[:] = [video.encode_mp4(edit, fps, one, sound=sound) for edit, one in zip(frames, metadata, strict=True)]
     return {"video": files, **told}

@@ -59,6 +59,7 @@ class Report:
             found |= {"clip": request.clip, "engine": self.engine or "none", "source": source}
             found |= {"prompts": len(edit.prompts), "at_once": self.at_once, "together": self.together}
             found |= {"steps": edit.steps, "inversion_steps": edit.inversion_steps}
+            found |= {"inversion_iterations": edit.inversion_iterations}
             found |= {"guidance_scale": edit.guidance_scale, "solver": edit.solver}
             found |= {"guidance_interval": edit.guidance_interval, "eta": edit.eta, "seed": edit.seed}
             found |= {"output": request.output, "inversion": self.inversion or "none"}

@@ -8,16 +8,17 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import IO, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from tav_opt.config import ClipConfig, InputError, PathLike
 from tav_opt.files import check_place, whole
+from tav_opt.video import sound as sounds
 from tav_opt.video.containers import FOLDER_FPS, LOCAL, Limits, Shown, images, moving
 
 ITU709 = 1  # the number in the H.264 standard for matrix, primaries and transfer alike
@@ -33,6 +34,10 @@ class Clip:
 
     frames: np.ndarray
     fps: float
+    begin: float | None = None
+    """When its first frame is shown in a video file, in seconds; None where nobody knows, and of what is no file."""
+    sound: bytes | None = None
+    """That of its frames' time, as a Matroska file; None where the source has none."""
 
 
 class Choice(TypedDict, total=False):
@@ -81,19 +86,29 @@ def read(path: PathLike | ClipConfig, **choice: Unpack[Choice]) -> Clip:
     them (default: all) from `start` (0) by `stride` (1), or, if `uniform`, spread evenly from `start` to the last
     (`stride` is then unused). They are cut to the aspect of (`height`, `width`; default: as they are) about their
     centre, or squashed (`fit="squash"`), and resized. Rotation and mirroring are applied; alpha is laid on white. A
-    folder's images are taken in the order of the numbers in their names, at 8 frames a second. Raises InputError when
-    the file is missing, is none of these, is cut short, or has fewer frames.
+    folder's images are taken in the order of the numbers in their names, at 8 frames a second. The sound is that
+    of the time of the frames. Raises InputError when the file is missing, is none of these, is cut short, or has fewer
+    frames.
     """
     place, chosen = _asked(path, choice)
     if place.is_dir():
         return _choose(lambda: images(place, LOCAL), chosen, str(place), LOCAL)
     try:
         with place.open("rb") as file:
-            return _choose(lambda: moving(file, str(place), LOCAL), chosen, str(place), LOCAL)
+            clip = _choose(lambda: moving(file, str(place), LOCAL), chosen, str(place), LOCAL)
+            return _sounding(clip, file, str(place))
     except FileNotFoundError:
         raise InputError(f"{place} does not exist") from None
     except PermissionError:
         raise InputError(f"{place} may not be read") from None
+
+
+def _sounding(clip: Clip, file: IO[bytes], name: str) -> Clip:
+    """With the sound of its time; pictures that move, GIF and WebP, have none."""
+    file.seek(0)
+    if clip.begin is None or file.read(4) in (b"RIFF", b"GIF8"):
+        return clip
+    return replace(clip, sound=sounds.cut(file, name, clip.begin, clip.begin + len(clip.frames) / clip.fps))
 
 
 def decode(data: bytes, limits: Limits = Limits(), **choice: Unpack[Choice]) -> Clip:  # noqa: B008 — frozen
@@ -138,7 +153,7 @@ def _choose(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str, l
     needed = choice.start + 1 if last is None else last + 1
     if seen < needed:
         raise _too_few(name, seen, choice, needed)
-    return Clip(frames=np.stack(pictures), fps=_average_fps(times, duration))
+    return Clip(frames=np.stack(pictures), fps=_average_fps(times, duration), begin=times[min(times)])
 
 
 def _wanted(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str) -> tuple[Container[int], int | None]:
@@ -186,19 +201,26 @@ def _fitted(image: Image.Image, choice: _Choice) -> np.ndarray:  # → (H, W, 3)
     return np.asarray(image.resize((choice.width, choice.height), Image.Resampling.LANCZOS, box=box))
 
 
-def write(path: PathLike, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
+def write(
+    path: PathLike,
+    frames: np.ndarray,
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    sound: bytes | None = None,
+) -> None:
     """Writes frames uint8 (f, H, W, 3) RGB as H.264 (`.mp4`), `.gif`, or a new folder of PNGs (no suffix).
 
     `metadata` becomes the comment of the file, or of each PNG, as JSON. A file appears under its name only when whole.
-    MP4s play in browsers; odd sizes gain a repeated row or column. GIFs are shown at 50 frames a second at most. Raises
-    InputError for another suffix, a folder that exists, other frames.
+    MP4s play in browsers, with a `sound` as Clip has it; odd sizes gain a repeated row or column. GIFs are shown at 50
+    frames a second at most. Raises InputError for another suffix, a folder that exists, other frames.
     """
     path = Path(path)
     check_out(path)
     _check_frames(frames, fps)
     writer = _WRITERS[path.suffix.lower()]
     with whole(path) as beside:
-        writer(beside, frames, fps, _comment(metadata))
+        writer(beside, frames, fps, _comment(metadata), sound)
 
 
 def check_out(path: PathLike) -> None:
@@ -220,12 +242,14 @@ def write_encoded(path: PathLike, file: bytes) -> None:
         beside.write_bytes(file)
 
 
-def encode_mp4(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> bytes:
+def encode_mp4(
+    frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None, *, sound: bytes | None = None
+) -> bytes:
     """The bytes of the MP4 that `write` writes."""
     _check_frames(frames, fps)
     with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a file
         path = Path(folder) / "clip.mp4"
-        _write_mp4(path, frames, fps, _comment(metadata))
+        _write_mp4(path, frames, fps, _comment(metadata), sound)
         return path.read_bytes()
 
 
@@ -250,7 +274,7 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(10_000)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str, sound: bytes | None) -> None:
     import av
 
     even = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]  # 4:2:0 halves both
@@ -264,14 +288,17 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = ITU709
         context.color_range = LIMITED_RANGE
+        track = None if sound is None else sounds.Track(container, sound)
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=ITU709, dst_color_range=LIMITED_RANGE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if track is not None:
+            track.write()
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+def _write_gif(path: Path, frames: np.ndarray, fps: float, comment: str, _sound: bytes | None) -> None:
     import av
 
     rate = _rate(min(fps, GIF_MAX_FPS))
@@ -312,7 +339,7 @@ def _comment_gif(path: Path, comment: bytes) -> None:
     path.write_bytes(data[: 13 + colours] + extension + data[13 + colours :])
 
 
-def _write_pngs(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+def _write_pngs(path: Path, frames: np.ndarray, fps: float, comment: str, _sound: bytes | None) -> None:
     path.mkdir()
     for index, pixels in enumerate(frames):
         _save_png(path / f"{index:05d}.png", pixels, comment)

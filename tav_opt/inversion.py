@@ -1,0 +1,109 @@
+"""DDIM inversion that comes back: each step is refined until sampling's own step leads from its end to its start.
+
+A step of DDIM inversion asks the network at the step's clean end, since the noisy end is not known yet (`ddim.invert`,
+as the reference has it). The noisy end that sampling comes from is a fixed point of the step, and iterations find it:
+AIDI (Pan et al. 2023, arXiv 2309.04907), Meiri et al. 2023 (arXiv 2312.12540).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tav_opt import ddim
+from tav_opt.config import InputError, InversionConfig
+from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text
+
+ENOUGH = 2e-3
+"""An answer of the network that changes the latents by less, relative to them, ends a step's iterations."""
+
+
+@torch.no_grad()
+def invert(
+    predict: Predict,
+    latents: Tensor,
+    text: Text,
+    schedule: Schedule,
+    config: InversionConfig,
+    *,
+    on_step: OnStep = lambda _: None,
+) -> Tensor:
+    """The noise (b,c,f,h,w) that unguided DDIM sampling would turn into `latents` (b,c,f,h,w).
+
+    Without iterations it is `ddim.invert`, bit for bit. With them the network is asked at the noisy end of each step,
+    whose prediction is first taken to go on as in the two steps before, and then up to `config.iterations` more times,
+    as long as its answers change the latents by ENOUGH. Raises InputError for a step that has no inverse.
+    """
+    if not config.iterations:
+        return ddim.invert(predict, latents, text, schedule, config.steps, on_step=on_step)
+    before: tuple[Tensor, ...] = ()
+    for number, timestep, on_device in ddim.each_timestep(schedule, latents, config.steps, upward=True):
+        step = _StepBack.of(schedule, timestep, config.steps)
+        first = _continued(before) if before else predict(latents, on_device, text)
+
+        def ask(noisy: Tensor, on_device: Tensor = on_device) -> Tensor:
+            return predict(noisy, on_device, text)
+
+        latents, predicted = _refined(ask, step, latents, first, config.iterations)
+        before = (*before[-1:], predicted)
+        clean, _ = ddim.clean_and_noise(latents, predicted, schedule.alpha(timestep), schedule.prediction_type)
+        on_step(Step("invert", number, config.steps, latents, clean))
+    return latents
+
+
+@dataclass(frozen=True)
+class _StepBack:
+    """A step of sampling, `of_noisy` · noisy + `of_predicted` · predicted, solved for its noisy end."""
+
+    of_noisy: float
+    of_predicted: float
+
+    @classmethod
+    def of(cls, schedule: Schedule, timestep: int, steps: int) -> _StepBack:
+        alpha, after = schedule.alpha(timestep), schedule.alpha_before(timestep, steps)
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        signal_after, noise_after = after**0.5, (1 - after) ** 0.5
+        if schedule.prediction_type == "v_prediction":
+            found = cls(signal_after * signal + noise_after * noise, noise_after * signal - signal_after * noise)
+        else:
+            found = cls(signal_after / signal, noise_after - signal_after * noise / signal)
+        if found.of_noisy == 0:
+            raise InputError(f"inversion steps {steps}: no picture tells the pure noise it is one step from; take more")
+        return found
+
+    def __call__(self, clean_end: Tensor, predicted: Tensor) -> Tensor:
+        return (clean_end - self.of_predicted * predicted) / self.of_noisy
+
+
+def _continued(before: tuple[Tensor, ...]) -> Tensor:
+    """The next of what the network predicts, as if it changed by as much as from the last but one to the last."""
+    return before[-1] if len(before) == 1 else 2 * before[-1] - before[-2]
+
+
+def _refined(
+    ask: Callable[[Tensor], Tensor], step: _StepBack, clean_end: Tensor, first: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """The noisy end of a step, and what the network predicts there: of all that was tried what changed least.
+
+    Between two answers it is Anderson's acceleration with a memory of one, as in AIDI.
+    """
+    noisy, least, best = step(clean_end, first), float("inf"), (clean_end, first)
+    led_to = change = None
+    for _ in range(iterations + 1):
+        predicted = ask(noisy)
+        led_to_before, change_before = led_to, change
+        led_to = step(clean_end, predicted)
+        change = led_to - noisy
+        if (size := float(change.norm() / led_to.norm())) < least:
+            least, best = size, (led_to, predicted)
+        if size < ENOUGH:
+            break
+        noisy = led_to
+        if led_to_before is not None and change_before is not None:
+            turn = (change - change_before).float()
+            share = float((change.float() * turn).sum() / turn.square().sum().clamp_min(1e-20))
+            noisy = led_to - share * (led_to - led_to_before)
+    return best
