@@ -1,0 +1,88 @@
+"""`tav-opt evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from tav_opt.cli.common import Dtype
+from tav_opt.config import Within, check_numbers
+from tav_opt.files import check_place
+
+if TYPE_CHECKING:
+    from tav_opt.suite.suite_types import Suite
+    from tav_opt.suite.units import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Tune, invert, edit and measure a suite's videos, then write a report; run again, it goes on where it ended."""
+
+    suite: Positional[Path]
+    """YAML file (docs/suite.md)."""
+    out: Path = Path("runs")
+    """Folder of all results; units that are whole there are not done again."""
+    dry: bool = False
+    """Only say what it takes: units, hours and GiB, as an estimate; videos need not be there."""
+    teraflops: Annotated[float, Within(0.001, 10**6)] = 250.0
+    """For --dry: what a GPU is assumed to compute, in 10^12 operations a second."""
+    tgve: Path | None = None
+    """Folder for each method's edits in the layout that TGVE's own evaluation script reads; for its manifest."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Of the networks; auto: float16 on GPUs, float32 elsewhere."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Tune, edit, measure and compare many clips."""
+    args = tyro.cli(Evaluate, prog="tav-opt evaluate", args=arguments)
+    check_numbers(args)
+    from tav_opt.suite.suite_file import read_suite
+
+    suite = read_suite(args.suite)
+    place = _place(args)
+    if args.dry:
+        return _dry(args, suite, place)
+    check_place(args.out / "units")
+    from tav_opt.suite import evaluating
+
+    with evaluating.shown() as show:
+        outcome = evaluating.evaluate(suite, args.out, place, show, tgve=args.tgve)
+    for name, fault in outcome.faults.items():
+        print(f"tav-opt evaluate: {name}: {fault}", file=sys.stderr)
+    if outcome.kept_back:
+        print(f"tav-opt evaluate: {len(outcome.kept_back)} units need what failed", file=sys.stderr)
+    print(outcome.report)
+    return 1 if outcome.faults else 0
+
+
+def _place(args: Evaluate) -> Place:
+    import torch
+
+    from tav_opt.device import dtype_on, usable_device
+    from tav_opt.suite.units import Place
+
+    device = usable_device(args.device)
+    dtype = dtype_on(device, getattr(torch, args.dtype, None))
+    return Place(device=str(device), dtype=str(dtype).removeprefix("torch."))
+
+
+def _dry(args: Evaluate, suite: Suite, place: Place) -> int:
+    from tav_opt.suite import planning
+    from tav_opt.suite.units import Place, missing_files, units
+
+    gone = missing_files(suite)
+    planned = units(suite, place, hashed=False)
+    as_on_gpus = Place(device="cuda", dtype="float16")
+    edits = f"{len(suite.videos)} videos, {suite.edits} edits, {len(suite.methods)} methods"
+    print(f"{suite.file}: {edits}\n\n{planning.table(planning.plan_of(suite, planned, as_on_gpus), args.teraflops)}")
+    if gone:
+        print(f"\n{len(gone)} files that it needs are not here, the first: {gone[0]}")
+    return 0
