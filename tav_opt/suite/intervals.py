@@ -38,7 +38,7 @@ def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float | None:
     return None if by_chance == 1 else float((observed.mean() - by_chance) / (1 - by_chance))
 
 
-def grouped(values: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:
+def grouped(values: Mapping[str, Sequence[float]]) -> tuple[float, float | None, float | None]:
     """The mean of all values, and its interval by groups of whatever names."""
     every = [value for group in values.values() for value in group]
     return (float(np.mean(every)), *bootstrap_interval(list(values.values())))

@@ -35,7 +35,8 @@ def _means(table: dict[str, dict[str, Cell]], colours: dict[str, str]) -> str:
         for index, (method, row) in enumerate(table.items()):
             if name in row:
                 cell = row[name]
-                axis.plot([cell.low, cell.high], [index, index], color=colours[method], linewidth=2)
+                ends = [cell.mean if end is None else end for end in (cell.low, cell.high)]
+                axis.plot(ends, [index, index], color=colours[method], linewidth=2)
                 axis.plot([cell.mean], [index], "o", color=colours[method], markersize=6)
         good = "low is good" if name in results.LOW_IS_GOOD else "high is good"
         axis.set_title(f"{name} ({good})", fontsize=9, color=INK)
@@ -68,6 +69,7 @@ def _plain(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(INK)
     axis.tick_params(colors=INK, labelsize=8)
+    axis.locator_params(axis="x", nbins=5)
     axis.grid(axis="x", color=GRID)
     axis.set_axisbelow(True)
     axis.patch.set_alpha(0)

@@ -48,8 +48,9 @@ class Cell:
     """The mean of a metric over some edits, and its 95 % interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None, as `high` is, where there are edits of one video alone."""
+    high: float | None
     edits: int
 
 
@@ -111,6 +112,8 @@ def _cell(found: Sequence[Row], name: str) -> Cell | None:
     if not groups:
         return None
     mean, low, high = grouped(groups)
+    if len(groups) < 2:
+        low = high = None
     return Cell(mean=mean, low=low, high=high, edits=sum(map(len, groups.values())))
 
 
@@ -153,7 +156,10 @@ def as_markdown(title: str, table: dict[str, dict[str, Cell]], names: Sequence[s
 
 def _marked(name: str, cell: Cell, bold: bool) -> str:
     mean = told(name, cell.mean)
-    return f"{f'**{mean}**' if bold else mean} ({told(name, cell.low)} … {told(name, cell.high)})"
+    text = f"**{mean}**" if bold else mean
+    if cell.low is None or cell.high is None:
+        return text
+    return f"{text} ({told(name, cell.low)} … {told(name, cell.high)})"
 
 
 def as_json(table: dict[str, dict[str, Cell]]) -> dict[str, Any]:
