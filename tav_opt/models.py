@@ -170,7 +170,7 @@ def _loaded(
     device = usable_device(device)
     if halves := [f"{part}/{files[0].name}" for part, files in base.files.items() if weights.is_half(files[0].name)]:
         _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
-    tokenizer = _tokenizer(base)
+    tokenizer = load_tokenizer(base)
     vae = _vae(base)
     text_encoder = _text_encoder(base, dtype)
     return StableDiffusion(
@@ -216,8 +216,11 @@ def _text_encoder(base: Base, dtype: torch.dtype) -> CLIPTextModel:
     return model
 
 
-def _tokenizer(base: Base) -> CLIPTokenizer:
-    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing."""
+def load_tokenizer(base: Base) -> CLIPTokenizer:
+    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing.
+
+    Raises InputError where it is missing or of another model.
+    """
     folder, text = base.path / "tokenizer", configuration.text_config(base.configs["text_encoder"])
     names = [file.name for file in folder.iterdir()]
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= {*names}:

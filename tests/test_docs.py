@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 import supervised
 from exported import FRAMES, SIDE
+from suites import entry, settings, written
 
 import tav_opt
 from tav_opt import cli, client, video
 from tav_opt.files import read_json
+from tav_opt.suite.suite_file import read_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -243,6 +245,19 @@ def edited_cheaply(world: World) -> None:
         assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
 
 
+def evaluated(world: World) -> None:
+    suite = settings(world.places["model"], videos=[entry("man-skiing.mp4")])
+    written(world.folder, suite)
+    shown = world.shell(BLOCKS["suite.md: Suites: many clips, compared, sh 1"])
+    page = world.folder / "runs/first/report/index.html"
+    assert page.is_file() and "runs/first/report/index.html" in shown and "ESTIMATE, not a measurement" in shown
+
+
+def read_as_a_suite(world: World) -> None:
+    found = read_suite(written(world.folder, BLOCKS["suite.md: The file, yaml 1"].code, "documented.yaml"))
+    assert len(found.methods) == 7 and found.videos[0].clip.stride == 1 and found.methods[2].edit.guidance_scale == 7.5
+
+
 def nothing(world: World) -> None:
     assert not world.shell(BLOCKS["tensorrt.md: TensorRT, sh 1"])
 
@@ -262,6 +277,8 @@ CHECKS = {
     "serving.md: Over HTTP, sh 1": streamed,
     "serving.md: Over HTTP, sh 2": fetched,
     "serving.md: Health, sh 1": probed,
+    "suite.md: Suites: many clips, compared, sh 1": evaluated,
+    "suite.md: The file, yaml 1": read_as_a_suite,
     "tensorrt.md: TensorRT, sh 1": nothing,
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),

@@ -17,6 +17,7 @@ import torch
 from tav_opt import cli, command, config, progress
 from tav_opt.cli.clips import AddClip, ListClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
+from tav_opt.cli.evaluate import Evaluate
 from tav_opt.cli.metrics import Metrics
 from tav_opt.cli.probe import Probe
 from tav_opt.cli.request import Request
@@ -42,6 +43,7 @@ SETTINGS = {
     "clips verify": VerifyClips,
     "demo": DemoConfig,
     "metrics": Metrics,
+    "evaluate": Evaluate,
 }
 """What each command line is read into."""
 GIVEN = {
@@ -57,9 +59,16 @@ GIVEN = {
     "clips verify": "--repository repository",
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
     "metrics": "absent.mp4 --source absent.mp4 --prompt x",
+    "evaluate": "absent.yaml --out out",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
-POSITIONAL = {("metrics", "edit"), ("edit", "checkpoint"), ("export", "checkpoint"), ("clips add", "checkpoint")}
+POSITIONAL = {
+    ("metrics", "edit"),
+    ("edit", "checkpoint"),
+    ("export", "checkpoint"),
+    ("clips add", "checkpoint"),
+    ("evaluate", "suite"),
+}
 NAMES = {"guidance_scale": "guidance"}
 
 

@@ -17,7 +17,6 @@ from tav_opt.files import check_place
 
 if TYPE_CHECKING:
     from tav_opt.suite.suite_types import Suite
-    from tav_opt.suite.units import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,10 @@ class Evaluate:
     """For --dry: what a GPU is assumed to compute, in 10^12 operations a second."""
     tgve: Path | None = None
     """Folder for each method's edits in the layout that TGVE's own evaluation script reads; for its manifest."""
+    workers: Annotated[int, Within(1, 4096)] | None = None
+    """Processes on this machine, or on --ray's cluster, that do units side by side (extra `ray`)."""
+    ray: str | None = None
+    """Address of a Ray cluster, whose nodes all see --out; workers: as many as it has room for."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
     dtype: Dtype = "auto"
@@ -47,14 +50,14 @@ def run(arguments: Sequence[str]) -> int:
     from tav_opt.suite.suite_file import read_suite
 
     suite = read_suite(args.suite)
-    place = _place(args)
     if args.dry:
-        return _dry(args, suite, place)
+        return _dry(args, suite)
     check_place(args.out / "units")
     from tav_opt.suite import evaluating
 
+    where = evaluating.Where(device=args.device, dtype=args.dtype, workers=args.workers, ray=args.ray)
     with evaluating.shown() as show:
-        outcome = evaluating.evaluate(suite, args.out, place, show, tgve=args.tgve)
+        outcome = evaluating.evaluate(suite, args.out, where, show, tgve=args.tgve)
     for name, fault in outcome.faults.items():
         print(f"tav-opt evaluate: {name}: {fault}", file=sys.stderr)
     if outcome.kept_back:
@@ -63,26 +66,14 @@ def run(arguments: Sequence[str]) -> int:
     return 1 if outcome.faults else 0
 
 
-def _place(args: Evaluate) -> Place:
-    import torch
-
-    from tav_opt.device import dtype_on, usable_device
-    from tav_opt.suite.units import Place
-
-    device = usable_device(args.device)
-    dtype = dtype_on(device, getattr(torch, args.dtype, None))
-    return Place(device=str(device), dtype=str(dtype).removeprefix("torch."))
-
-
-def _dry(args: Evaluate, suite: Suite, place: Place) -> int:
+def _dry(args: Evaluate, suite: Suite) -> int:
     from tav_opt.suite import planning
     from tav_opt.suite.units import Place, missing_files, units
 
-    gone = missing_files(suite)
-    planned = units(suite, place, hashed=False)
-    as_on_gpus = Place(device="cuda", dtype="float16")
+    on_gpus = Place(device="cuda", dtype="float16")
+    plan = planning.plan_of(suite, units(suite, on_gpus, hashed=False), on_gpus)
     edits = f"{len(suite.videos)} videos, {suite.edits} edits, {len(suite.methods)} methods"
-    print(f"{suite.file}: {edits}\n\n{planning.table(planning.plan_of(suite, planned, as_on_gpus), args.teraflops)}")
-    if gone:
+    print(f"{suite.file}: {edits}\n\n{planning.table(plan, args.teraflops)}")
+    if gone := missing_files(suite):
         print(f"\n{len(gone)} files that it needs are not here, the first: {gone[0]}")
     return 0

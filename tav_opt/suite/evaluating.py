@@ -1,20 +1,19 @@
-"""A suite evaluated: its units done once, one after the other or by workers, whatever fails reported at the end."""
+"""A suite evaluated, in this process or by workers of Ray, and its report."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from tav_opt.command import MAX_LINE
-from tav_opt.config import InputError, PathLike, first_line
-from tav_opt.files import DiskFull
-from tav_opt.suite import report_folder, results
+from tav_opt import models
+from tav_opt.base.directory import Base
+from tav_opt.config import InputError, PathLike
+from tav_opt.device import dtype_on, usable_device
+from tav_opt.suite import planning, ray_workers, report_folder, results
+from tav_opt.suite.scheduling import Ended, InProcess, OnEnd, Outcome, Pool, Progress, run
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.tgve import write_result
 from tav_opt.suite.unit_store import UnitStore
@@ -24,161 +23,25 @@ from tav_opt.video import read
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """A unit that has ended, and how."""
+class Where:
+    """What does the units."""
 
-    unit: Unit
-    seconds: float
-    fault: str | None = None
-    """What was wrong, in one line."""
-    fatal: bool = False
-    """All others would fail alike."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    dtype: str = "auto"
+    """float32, float16, bfloat16, or by the device."""
+    workers: int | None = None
+    """Processes by Ray; None: this process alone, or as many as a cluster has room for."""
+    ray: str | None = None
+    """Address of a Ray cluster."""
 
+    def place(self) -> Place:
+        """In this process."""
+        import torch
 
-class Pool(Protocol):
-    """Who does units: this process, or Ray's workers."""
-
-    def room(self) -> bool:
-        """Whether another unit can be started now."""
-
-    def start(self, unit: Unit) -> None:
-        """Begins a unit, whose needs are done."""
-
-    def wait(self) -> Ended:
-        """The next unit that ends."""
-
-
-@dataclass
-class InProcess:
-    """One unit after the other in this process."""
-
-    workshop: Workshop
-    on_step: Callable[[Unit, str, int, int], object] = lambda *_: None
-    _next: Unit | None = None
-
-    def room(self) -> bool:
-        return self._next is None
-
-    def start(self, unit: Unit) -> None:
-        self._next = unit
-
-    def wait(self) -> Ended:
-        assert self._next is not None
-        unit, self._next = self._next, None
-        return attempt(self.workshop, unit, lambda *step: self.on_step(unit, *step))
-
-
-def attempt(workshop: Workshop, unit: Unit, on_step: Callable[[str, int, int], object]) -> Ended:
-    """Does a unit; what it raises becomes one line."""
-    began = time.perf_counter()
-    fault, fatal = None, False
-    try:
-        workshop.do(unit, on_step)
-    except DiskFull as error:
-        fault, fatal = str(error), True
-    except InputError as error:
-        fault = str(error)
-    except Exception as error:  # one clip's trouble is not the others'
-        fault = f"{type(error).__name__}: {first_line(error)}"[:MAX_LINE]
-    return Ended(unit=unit, seconds=time.perf_counter() - began, fault=fault, fatal=fatal)
-
-
-@dataclass
-class Progress:
-    """How far an evaluation is."""
-
-    total: int
-    workers: int
-    left: Counter[str]
-    """Units that are not done, by kind."""
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Of those that were done, in this run or before, by kind."""
-
-    def seconds_left(self) -> float | None:
-        """By the mean of each kind; None as long as one of a kind that is left was never done."""
-        if any(count and not self.seconds.get(kind) for kind, count in self.left.items()):
-            return None
-        means = {kind: sum(found) / len(found) for kind, found in self.seconds.items() if found}
-        return sum(count * means[kind] for kind, count in self.left.items() if count) / self.workers
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an evaluation came to."""
-
-    units: list[Unit]
-    faults: dict[str, str]
-    """By the names of units that failed."""
-    kept_back: list[str]
-    """Names of units that need one that failed."""
-    report: Path | None = None
-    """The page."""
-
-
-OnEnd = Callable[[Ended, Progress], object]
-
-
-def check(suite: Suite) -> None:
-    """Raises InputError naming what is not there, before anything long begins."""
-    if gone := missing_files(suite):
-        more = f", and {len(gone) - 5} more" if len(gone) > 5 else ""
-        raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")
-
-
-def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end: OnEnd) -> Outcome:
-    """Does all units that are not done, each once all that it needs is.
-
-    Raises DiskFull at once; every other fault is reported, and the units that do not depend on it are done.
-    """
-    faults: dict[str, str] = {}
-    done = {unit.id for unit in planned if store.done(unit)}
-    waiting = [unit for unit in planned if unit.id not in done]
-    progress = Progress(len(planned), workers, Counter(unit.kind for unit in waiting), _seconds(planned, store, done))
-    kept_back: list[Unit] = []
-    running = 0
-    while waiting or running:
-        while pool.room() and (unit := _ready(waiting, done)) is not None:
-            waiting.remove(unit)
-            pool.start(unit)
-            running += 1
-        ended = pool.wait()
-        running -= 1
-        progress.left[ended.unit.kind] -= 1
-        if ended.fatal:
-            raise DiskFull(str(ended.fault))
-        if ended.fault is None:
-            done.add(ended.unit.id)
-            progress.seconds.setdefault(ended.unit.kind, []).append(ended.seconds)
-        else:
-            faults[f"{ended.unit.kind} {ended.unit.name}"] = ended.fault
-            lost = _needing(ended.unit, waiting)
-            waiting = [unit for unit in waiting if unit not in lost]
-            progress.left.subtract(unit.kind for unit in lost)
-            kept_back += lost
-        on_end(ended, progress)
-    return Outcome(planned, faults, [f"{unit.kind} {unit.name}" for unit in kept_back])
-
-
-def _ready(waiting: Iterable[Unit], done: set[str]) -> Unit | None:
-    return next((unit for unit in waiting if done.issuperset(unit.needs)), None)
-
-
-def _needing(failed: Unit, waiting: list[Unit]) -> list[Unit]:
-    """Those that cannot be done without a unit; each stands after what it needs."""
-    ids, found = {failed.id}, list[Unit]()
-    for unit in waiting:
-        if ids.intersection(unit.needs):
-            ids.add(unit.id)
-            found.append(unit)
-    return found
-
-
-def _seconds(planned: list[Unit], store: UnitStore, done: set[str]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for unit in planned:
-        if unit.id in done:
-            found.setdefault(unit.kind, []).append(float(store.about(unit).get("seconds", 0.0)))
-    return found
+        device = usable_device(self.device)
+        dtype = dtype_on(device, getattr(torch, self.dtype, None))
+        return Place(device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +78,24 @@ def _told(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
-def evaluate(suite: Suite, out: PathLike, place: Place, show: Shown, *, tgve: Path | None = None) -> Outcome:
-    """Does all of a suite that is not done yet, in this process, and writes the report of all that is.
+def check(suite: Suite) -> None:
+    """Raises InputError naming what is not there, or too long to be read, before anything long begins."""
+    if gone := missing_files(suite):
+        more = f", and {len(gone) - 5} more" if len(gone) > 5 else ""
+        raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")
+    if all(method.kind == "folder" for method in suite.methods):
+        return
+    tokenizer = models.load_tokenizer(Base.at(suite.model))
+    for video in suite.videos:
+        for text in (video.caption or "", *(edit.prompt for edit in video.edits)):
+            try:
+                models.tokenize(tokenizer, text)
+            except InputError as error:
+                raise InputError(f"{suite.file}: {video.name}: {text!r}: {error}") from None
+
+
+def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Path | None = None) -> Outcome:
+    """Does all of a suite that is not done yet, and writes the report of all that is.
 
     `tgve` is a folder for the edits of a suite of TGVE's manifest in its own layout, `METHOD/SOURCE_480p/…`. Raises
     InputError where something is not there, before anything long begins, and when the disk is full.
@@ -224,16 +103,40 @@ def evaluate(suite: Suite, out: PathLike, place: Place, show: Shown, *, tgve: Pa
     check(suite)
     if tgve is not None and not all(video.source for video in suite.videos):
         raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
+    outcome = do(suite, out, where, show, lambda place: units(suite, place))
+    store = UnitStore(Path(out))
+    found = results.rows(suite, outcome.units, store)
+    page = report_folder.write(suite, found, outcome.faults, outcome.kept_back, store.root / "report")
+    if tgve is not None:
+        _write_tgve(suite, found, tgve)
+    return replace(outcome, report=page)
+
+
+def do(suite: Suite, out: PathLike, where: Where, show: Shown, planned: Callable[[Place], list[Unit]]) -> Outcome:
+    """Does units, in this process or by workers: the same code, and the same results."""
     store = UnitStore(Path(out))
     with store.claimed():
-        planned = units(suite, place)
-        pool = InProcess(Workshop(suite, place, store), show.on_step)
-        outcome = run(planned, store, pool, 1, show.on_end)
-        found = results.rows(suite, planned, store)
-        page = report_folder.write(suite, found, outcome.faults, outcome.kept_back, store.root / "report")
-        if tgve is not None:
-            _write_tgve(suite, found, tgve)
-        return replace(outcome, report=page)
+        if where.workers is None and where.ray is None:
+            place = where.place()
+            return run(planned(place), store, InProcess(Workshop(suite, place, store), show.on_step), 1, show.on_end)
+        with ray_workers.connected(where.ray, where.workers or 1) as ray:
+            place = where.place() if where.ray is None else ray_workers.place_on(ray, where.device, where.dtype)
+            found = planned(place)
+            pool, workers = _pool(ray, suite, store, where, place, planning.plan_of(suite, found, place).gib)
+            return run(found, store, pool, workers, show.on_end)
+
+
+def _pool(
+    ray: ray_workers.Ray, suite: Suite, store: UnitStore, where: Where, place: Place, gib: float
+) -> tuple[Pool, int]:
+    if where.ray is None and place.device == "cpu":
+        assert where.workers is not None
+        ray_workers.check_memory(where.workers, gib)
+        workers, taken = where.workers, {"num_cpus": 1.0}
+    else:
+        taken = ray_workers.resources(ray, place, gib)
+        workers = ray_workers.fitting(where.workers, taken, ray.cluster_resources())
+    return ray_workers.RayPool(ray, suite, place, store.root, workers, taken), workers
 
 
 def _write_tgve(suite: Suite, found: list[results.Row], folder: Path) -> None:

@@ -209,7 +209,7 @@ def _without_values(configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> S
     return sd
 
 
-def table(plan: Plan, teraflops: float, done: int = 0) -> str:
+def table(plan: Plan, teraflops: float) -> str:
     """The plan in words and numbers, what is assumed said first."""
     lines = [
         f"ESTIMATE, not a measurement: the shapes of {plan.model}, counted; hours are the counted operations at an "
@@ -222,8 +222,6 @@ def table(plan: Plan, teraflops: float, done: int = 0) -> str:
     total = sum(need.units for need in plan.needs.values())
     lines.append(f"{'all':10}{total:7}{plan.flop / 1e15:12.2f}{plan.gib:12.2f}{plan.disk_gib:10.2f}")
     lines += ["", *(f"{n:2} GPU{'s' * (n > 1)}: {_hours(plan.hours(n, teraflops))}" for n in MACHINES)]
-    if done:
-        lines.append(f"{done} of these {total} units are done already")
     return "\n".join(lines)
 
 

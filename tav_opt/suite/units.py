@@ -27,7 +27,7 @@ _NO_MATTER = ("save_every", "preview_every", "preview_prompts", "keep_state")
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One piece of work and what it needs; `key` names its result, and is empty where it could not be known."""
+    """One piece of work and what it needs; `key` is the hash of all that its result depends on."""
 
     kind: UnitKind
     name: str
@@ -56,11 +56,11 @@ class Place:
 
 
 def units(suite: Suite, place: Place, *, hashed: bool = True) -> list[Unit]:
-    """All units of a suite, each after those that it needs; without keys unless `hashed`.
+    """All units of a suite, each after those that it needs; what several methods need alike is one.
 
-    Raises InputError where a model, a video or a finished edit is not there.
+    Unless `hashed` keys are of names alone, for a count. Raises InputError where a model or a video is not there.
     """
-    return list(_Planned(suite, place, hashed).all())
+    return list({unit.id: unit for unit in _Planned(suite, place, hashed).all()}.values())
 
 
 def finished(method: Method, video: str, edit: str) -> Path | None:
@@ -115,6 +115,7 @@ class _Planned:
     def __init__(self, suite: Suite, place: Place, hashed: bool) -> None:
         self._suite, self._hashed = suite, hashed
         self._place = asdict(place)
+        self._shared: dict[str, Unit] = {}
         kinds = {method.kind for method in suite.methods}
         computes = bool(kinds - {"folder"})
         self._base = Base.at(suite.model).hash if hashed and computes else ""
@@ -138,8 +139,8 @@ class _Planned:
             name = f"{method.name}--{video.name}--{edit.name}"
             what: list[Any] = [method.kind, edit.prompt]
             if method.kind == "folder":
-                found = finished(method, video.name, edit.name) if self._hashed else None
-                what.append(self._content(found) if found is not None else "")
+                found = finished(method, video.name, edit.name)
+                what.append("" if found is None else self._content(found))
             else:
                 what += [_sampling(method.edit), self._base, self._place]
             needs = (source,) if before is None else (source, before)
@@ -162,7 +163,7 @@ class _Planned:
         return self._unit("invert", name, video, (source,), method, what=inverted)
 
     def _content(self, path: Path) -> str:
-        return content(path.absolute()) if self._hashed else ""
+        return content(path.absolute()) if self._hashed else str(path)
 
     def _unit(
         self,
@@ -176,9 +177,10 @@ class _Planned:
         what: list[Any],
     ) -> Unit:
         told = json.dumps([FORMAT, __version__, kind, what, [unit.key for unit in needs]], sort_keys=True, default=str)
-        key = hashlib.sha256(told.encode()).hexdigest() if self._hashed else ""
+        key = hashlib.sha256(told.encode()).hexdigest()
         ids = tuple(unit.id for unit in needs)
-        return Unit(kind=kind, name=name, key=key, needs=ids, video=video, method=method, edit=edit)
+        unit = Unit(kind=kind, name=name, key=key, needs=ids, video=video, method=method, edit=edit)
+        return self._shared.setdefault(key, unit) if kind in ("tune", "invert") else unit
 
 
 def _sampling(config: EditConfig) -> dict[str, Any]:

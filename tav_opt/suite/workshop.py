@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from tav_opt.suite.units import Place, Unit, finished
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""
 EDIT, METRICS, PASSED = "edit.mp4", "metrics.json", "passed.safetensors"
+FREE_SECONDS = 30
 OnStep = Callable[[str, int, int], object]
 """Told of stage, steps done, steps."""
 
@@ -123,7 +126,8 @@ class Workshop:
             if checkpoint.is_checkpoint(folder) and not (folder / tuning_state.STATE).exists():
                 return  # stopped between its last file and the note that it is whole
             with without_sparse_causal() if method.attention == "each-frame" else nullcontext():
-                tuning.tune(
+                tune = partial(
+                    tuning.tune,
                     self.suite.model,
                     clip,
                     caption,
@@ -134,6 +138,7 @@ class Workshop:
                     source=replace(unit.video.clip, video=unit.video.clip.video.absolute()),
                     on_step=lambda stage, step, steps, _loss: on_step(stage, step, steps),
                 )
+                _once_free(tune)
 
     def _invert(self, unit: Unit, folder: Path, _about: dict[str, Any], on_step: OnStep) -> None:
         clip, _ = self._read(unit)
@@ -214,6 +219,17 @@ class Workshop:
         told = read_object(folder / SOURCE)
         frames = np.load(folder / FRAMES, allow_pickle=False)
         return video.Clip(frames=frames, fps=float(told["fps"])), str(told["caption"])
+
+
+def _once_free(tune: Callable[[], object]) -> None:
+    """A worker that was given up may hold its clip for a moment yet."""
+    for _ in range(FREE_SECONDS):
+        try:
+            tune()
+            return
+        except tuning_state.Claimed:
+            time.sleep(1)
+    tune()
 
 
 def _of(unit: Unit) -> Method:
