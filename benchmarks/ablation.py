@@ -14,15 +14,12 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import tyro
 from common import header, machine
 from crossings import DEMO, EDITS, Source, metrics, sources, tuned
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from tav_opt import command, editing, video
@@ -32,6 +29,7 @@ from tav_opt.demo.judge import Judge
 from tav_opt.demo.places import PLACES
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.files import write_json
+from tav_opt.suite.each_frame import without_sparse_causal
 from tav_opt.video import contact_sheet
 
 VARIANTS = ("full", "without sparse-causal attention", "without inversion", "without tuning")
@@ -86,16 +84,10 @@ def _edits(source: Source, variant: str, edits: list[EditConfig], folder: Path) 
     """The clip tuned and edited by a variant: uint8 (f, H, W, 3) an edit."""
     suffix = {ALONE: "-alone", UNTUNED: "-untuned"}.get(variant, "")
     untrained = {"steps": 1, "lr": 0.0} if variant == UNTUNED else {}
-    with patch("tav_opt.attention.sparse_causal_attention", each_frame_alone) if variant == ALONE else nullcontext():
+    with without_sparse_causal() if variant == ALONE else nullcontext():
         engine = open_checkpoint(tuned(source, folder / f"{source.name}{suffix}", **untrained))
         configs = [replace(edit, inversion=variant != FROM_NOISE) for edit in edits]
         return [editing.edit(engine, c)[0] for c in tqdm(configs, desc=f"{source.name} {variant}", disable=None)]
-
-
-def each_frame_alone(q: Tensor, k: Tensor, v: Tensor, _frames: int, heads: int) -> Tensor:
-    """The image model's own self-attention in the place of equation 4; q, k, v (b f) n c → (b f) n c."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _mean(judged: list[dict[str, float]]) -> dict[str, float]:

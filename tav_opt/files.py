@@ -34,6 +34,10 @@ MAX_JSON_BYTES = 64 << 20
 """The largest that people have, the index of a large model's shards, is some MB."""
 
 
+class DiskFull(InputError):
+    """Nothing more can be written: what follows would fail alike."""
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write a file or make a folder at; it becomes `path` only if the block succeeds.
@@ -60,7 +64,7 @@ def whole(path: Path) -> Iterator[Path]:
         if error.errno is None:  # a library's own
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"disk full while writing {path}: nothing was written") from error
+            raise DiskFull(f"disk full while writing {path}: nothing was written") from error
         raise InputError(f"{path} cannot be written: {os.strerror(error.errno)}") from error
     finally:
         if beside is not None:

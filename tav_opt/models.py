@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,9 +101,13 @@ def _unet(config: dict[str, Any], files: list[Path]) -> VideoUNet:
         unet = inflate(_empty(UNet2DConditionModel, checkpoint.image_config(config), folder))
         _load_strictly(unet, weights.read(files), folder)
         return unet
-    image = _empty(UNet2DConditionModel, config, folder)
-    _load_strictly(image, weights.read(files), folder)
-    return inflate(image)
+    return inflate(_image_unet(config, files))
+
+
+def _image_unet(config: dict[str, Any], files: list[Path]) -> UNet2DConditionModel:
+    image = _empty(UNet2DConditionModel, config, files[0].parent)
+    _load_strictly(image, weights.read(files), files[0].parent)
+    return image
 
 
 def put_values(unet: VideoUNet, values: dict[str, Tensor]) -> None:
@@ -149,16 +153,37 @@ def load(
 
     Raises InputError for parts that are missing or corrupt.
     """
+    return _loaded(Base.at(path_or_hub_id), _unet_of, dtype, device)
+
+
+def load_image(
+    path_or_hub_id: PathLike | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> StableDiffusion:
+    """The same parts, the UNet diffusers' own as it is: it predicts images (b,c,h,w), and `predict` is not for it.
+
+    Raises InputError, also for a UNet that the reference inflated and tuned.
+    """
+
+    def unet(base: Base) -> Any:
+        if checkpoint.is_reference_unet(base.configs["unet"]):
+            raise InputError(f"{base.path} holds a UNet that was inflated and tuned, not one of images")
+        return _image_unet(base.configs["unet"], base.files["unet"])
+
+    return _loaded(Base.at(path_or_hub_id), unet, dtype, device)
+
+
+def _loaded(
+    base: Base, unet: Callable[[Base], VideoUNet], dtype: torch.dtype, device: str | torch.device
+) -> StableDiffusion:
     device = usable_device(device)
-    base = Base.at(path_or_hub_id)
     if halves := [f"{part}/{files[0].name}" for part, files in base.files.items() if weights.is_half(files[0].name)]:
         _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
-    tokenizer = _tokenizer(base)
+    tokenizer = load_tokenizer(base)
     vae = _vae(base)
     text_encoder = _text_encoder(base, dtype)
     return StableDiffusion(
         base=base,
-        unet=_placed(_unet_of(base), device, dtype),
+        unet=_placed(unet(base), device, dtype),
         vae=_placed(vae, device, dtype),
         text_encoder=text_encoder.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -199,8 +224,11 @@ def _text_encoder(base: Base, dtype: torch.dtype) -> CLIPTextModel:
     return model
 
 
-def _tokenizer(base: Base) -> CLIPTokenizer:
-    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing."""
+def load_tokenizer(base: Base) -> CLIPTokenizer:
+    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing.
+
+    Raises InputError where it is missing or of another model.
+    """
     folder, text = base.path / "tokenizer", configuration.text_config(base.configs["text_encoder"])
     names = [file.name for file in folder.iterdir()]
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= {*names}:

@@ -10,7 +10,7 @@ import yaml
 
 from tav_opt.config import EDIT_DEFAULTS, ClipConfig, EditConfig, InputError, PathLike, TrainConfig
 
-C = TypeVar("C", ClipConfig, TrainConfig, EditConfig)
+C = TypeVar("C", bound=Any)
 
 
 class RunConfig(NamedTuple):
@@ -70,6 +70,15 @@ def read_reference_config(path: PathLike) -> RunConfig:
     naming the key, for keys that are unknown or missing and for values of the wrong kind.
     """
     path = Path(path)
+    found = read_yaml(path)
+    try:
+        return _reference(found) if "pretrained_model_path" in found else _own(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises InputError for what cannot be read or holds none."""
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -78,49 +87,46 @@ def read_reference_config(path: PathLike) -> RunConfig:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no settings (key: value)")
-    try:
-        return _reference(found) if "pretrained_model_path" in found else _own(found)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return found
 
 
 def _own(found: dict[str, Any]) -> RunConfig:
     clip, train = ({f.name for f in fields(kind)} & found.keys() for kind in (ClipConfig, TrainConfig))
-    _check_keys(found, {*clip, *train, "model", "out", "prompt", "prompts"}, ("model", "prompt", "video"))
-    settings = _made(TrainConfig, {name: found[name] for name in train})
+    check_keys(found, {*clip, *train, "model", "out", "prompt", "prompts"}, ("model", "prompt", "video"))
+    settings = made(TrainConfig, {name: found[name] for name in train})
     return RunConfig(
-        model=_as(str, "model", found["model"]),
-        clip=_made(ClipConfig, {name: found[name] for name in clip}),
+        model=as_declared(str, "model", found["model"]),
+        clip=made(ClipConfig, {name: found[name] for name in clip}),
         train=settings,
-        prompt=_as(str, "prompt", found["prompt"]),
+        prompt=as_declared(str, "prompt", found["prompt"]),
         edit=EditConfig(
-            prompts=_as(tuple[str, ...], "prompts", found.get("prompts", [])),
+            prompts=as_declared(tuple[str, ...], "prompts", found.get("prompts", [])),
             seed=settings.seed,
         ),
-        out=_as(Path, "out", found.get("out", "ckpt")),
+        out=as_declared(Path, "out", found.get("out", "ckpt")),
         edit_defaults={},
     )
 
 
 def _reference(found: dict[str, Any]) -> RunConfig:
-    _check_keys(found, {*_TRAIN, *_FIXED, *_IGNORED, *_OTHER}, ("pretrained_model_path", "output_dir", "train_data"))
+    check_keys(found, {*_TRAIN, *_FIXED, *_IGNORED, *_OTHER}, ("pretrained_model_path", "output_dir", "train_data"))
     for name, value in _FIXED.items():
         if found.get(name, value) != value:
             raise InputError(f"{name}: {found[name]!r} is not supported, only {value!r} is")
-    data, validation = (_as(dict, name, found.get(name) or {}) for name in ("train_data", "validation_data"))
-    _check_keys(data, {*_CLIP, "prompt"}, ("video_path", "prompt"), "train_data.")
-    _check_keys(validation, {*_EDIT, "video_length", "width", "height"}, (), "validation_data.")
-    clip = replace(_made(ClipConfig, _renamed(data, _CLIP)), fit="squash")
+    data, validation = (as_declared(dict, name, found.get(name) or {}) for name in ("train_data", "validation_data"))
+    check_keys(data, {*_CLIP, "prompt"}, ("video_path", "prompt"), "train_data.")
+    check_keys(validation, {*_EDIT, "video_length", "width", "height"}, (), "validation_data.")
+    clip = replace(made(ClipConfig, _renamed(data, _CLIP)), fit="squash")
     for name, size in (("video_length", clip.frames), ("width", clip.width), ("height", clip.height)):
         if validation.get(name, size) != size:
             raise InputError(f"validation_data.{name}: {validation[name]!r} is not the clip's {size}")
-    edit = _made(EditConfig, _renamed(validation, _EDIT))
-    train = _made(TrainConfig, _renamed(found, _TRAIN))
+    edit = made(EditConfig, _renamed(validation, _EDIT))
+    train = made(TrainConfig, _renamed(found, _TRAIN))
     betas = tuple(
-        _as(float, f"adam_beta{i}", found.get(f"adam_beta{i}", beta)) for i, beta in enumerate(train.betas, 1)
+        as_declared(float, f"adam_beta{i}", found.get(f"adam_beta{i}", beta)) for i, beta in enumerate(train.betas, 1)
     )
     return RunConfig(
-        model=_as(str, "pretrained_model_path", found["pretrained_model_path"]),
+        model=as_declared(str, "pretrained_model_path", found["pretrained_model_path"]),
         clip=clip,
         train=replace(
             train,
@@ -129,9 +135,9 @@ def _reference(found: dict[str, Any]) -> RunConfig:
             preview_every=train.preview_every if edit.prompts else 0,
             inversion_steps=edit.inversion_steps or train.inversion_steps,
         ),
-        prompt=_as(str, "train_data.prompt", data["prompt"]),
+        prompt=as_declared(str, "train_data.prompt", data["prompt"]),
         edit=replace(edit, seed=train.seed, inversion_steps=None),  # the clip is inverted once, by tuning
-        out=_as(Path, "output_dir", found["output_dir"]),
+        out=as_declared(Path, "output_dir", found["output_dir"]),
         edit_defaults={
             ours: getattr(edit, ours)
             for theirs, ours in _EDIT.items()
@@ -140,9 +146,10 @@ def _reference(found: dict[str, Any]) -> RunConfig:
     )
 
 
-def _check_keys(found: dict[str, Any], known: set[str], needed: tuple[str, ...], where: str = "") -> None:
+def check_keys(found: dict[str, Any], known: set[str], needed: tuple[str, ...], where: str = "") -> None:
+    """Raises InputError, naming the key and `where` it stands, for one that is unknown and one that is missing."""
     if unknown := [key for key in found if key not in known]:
-        raise InputError(f"unknown key {where}{unknown[0]}")
+        raise InputError(f"unknown key {where}{unknown[0]}: there are {', '.join(sorted(known))}")
     if missing := [key for key in needed if key not in found]:
         raise InputError(f"key {where}{missing[0]} is missing")
 
@@ -151,12 +158,13 @@ def _renamed(found: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
 
 
-def _made(kind: type[C], values: dict[str, Any]) -> C:
+def made(kind: type[C], values: dict[str, Any]) -> C:
+    """A configuration of values as YAML has them; raises InputError for one of another kind than its field's."""
     hints = get_type_hints(kind)
-    return kind(**{name: _as(hints[name], name, value) for name, value in values.items()})
+    return kind(**{name: as_declared(hints[name], name, value) for name, value in values.items()})
 
 
-def _as(hint: Any, name: str, value: Any) -> Any:
+def as_declared(hint: Any, name: str, value: Any) -> Any:
     """The value as the type that a field declares; YAML reads 3e-5 as a string, and lists for tuples."""
     origin, args = get_origin(hint), get_args(hint)
     wrong = InputError(f"{name}: {value!r} is not {getattr(hint, '__name__', str(hint))}")
@@ -169,7 +177,7 @@ def _as(hint: Any, name: str, value: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
             raise wrong
-        return tuple(_as(args[0], name, item) for item in value)
+        return tuple(as_declared(args[0], name, item) for item in value)
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)

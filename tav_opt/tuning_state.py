@@ -23,11 +23,15 @@ from tav_opt.config import InputError
 STATE = "resume.safetensors"
 
 
+class Claimed(InputError):
+    """Another process tunes in the folder."""
+
+
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Makes the folder this process's own and clears what a killed one left half-written in it.
 
-    The claim ends with the process, however that ends. Raises InputError when another process tunes there.
+    The claim ends with the process, however that ends. Raises Claimed when another process tunes there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +44,7 @@ def claim(folder: Path) -> Iterator[None]:
             shutil.rmtree(left_over)
         yield
     except BlockingIOError:
-        raise InputError(f"{folder} is being tuned by another process: choose another --out") from None
+        raise Claimed(f"{folder} is being tuned by another process: choose another --out") from None
     finally:
         os.close(descriptor)
         with suppress(OSError):  # a folder in which nothing came to be

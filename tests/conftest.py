@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def tensors(golden: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(golden / "unet_sd1" / "tensors.safetensors")
+
+
+@pytest.fixture
+def small(golden: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a suite of one video of noise, `dog`, beside it; keys may be given."""
+    from suites import entry, random_video, settings, written
+
+    random_video(tmp_path / "dog.mp4")
+
+    def write(**more: Any) -> Path:
+        model = golden / "reference_checkpoint" / "sd"
+        return written(tmp_path, settings(model, videos=[entry("dog.mp4")]) | more)
+
+    return write
 
 
 @pytest.fixture(scope="session", autouse=True)

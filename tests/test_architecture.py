@@ -24,7 +24,7 @@ ROWS = (
     ("editing", "engines", "metrics"),
     ("tuning",),
     ("export", "serving", "client", "sharing", "about"),
-    ("demo",),
+    ("demo", "suite"),
     ("cli",),
 )
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 import supervised
 from exported import FRAMES, SIDE
+from suites import entry, settings, written
 
 import tav_opt
 from tav_opt import cli, client, video
 from tav_opt.files import read_json
+from tav_opt.suite.suite_file import read_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -275,6 +277,19 @@ def edited_at_another_speed(world: World) -> None:
     assert video.read(world.folder / "slow.mp4").fps == 4
 
 
+def evaluated(world: World) -> None:
+    suite = settings(world.places["model"], videos=[entry("man-skiing.mp4")])
+    written(world.folder, suite)
+    shown = world.shell(BLOCKS["suite.md: Suites: many clips, compared, sh 1"])
+    page = world.folder / "runs/first/report/index.html"
+    assert page.is_file() and "runs/first/report/index.html" in shown and "ESTIMATE, not a measurement" in shown
+
+
+def read_as_a_suite(world: World) -> None:
+    found = read_suite(written(world.folder, BLOCKS["suite.md: The file, yaml 1"].code, "documented.yaml"))
+    assert len(found.methods) == 7 and found.videos[0].clip.stride == 1 and found.methods[2].edit.guidance_scale == 7.5
+
+
 CHECKS = {
     FIRST: daily_use,
     "README.md: tav-opt, sh 1": made,
@@ -295,6 +310,8 @@ CHECKS = {
     "operating.md: Load, sh 1": nothing("operating.md: Load, sh 1"),
     "sharing.md: Sharing a clip, sh 1": told,
     "sound.md: Sound and speed, sh 1": edited_at_another_speed,
+    "suite.md: Suites: many clips, compared, sh 1": evaluated,
+    "suite.md: The file, yaml 1": read_as_a_suite,
     "tensorrt.md: TensorRT, sh 1": nothing("tensorrt.md: TensorRT, sh 1"),
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tav_opt.demo.training import to_unit
 from tav_opt.files import read_json
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.metrics.clip_scores import textual_alignment
+from tav_opt.suite.each_frame import each_frame_alone
 
 SHAPES = subjects.shapes()
 PACKAGE = Path(tav_opt.__file__).parent / "demo"
@@ -84,13 +84,11 @@ def test_differences_outside_the_subject() -> None:
     assert not frame_difference(frames, where) and where.sum() == 2 * (64 - 25)
 
 
-def test_without_sparse_causal_attention_each_frame_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sparse_causal_attention_each_frame_is_alone() -> None:
     """The ablation's stand-in is what equation 4 is for a clip of one frame, whose first and previous are itself."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    ablation = importlib.import_module("ablation")
     q, k, v = torch.randn(3, 6, 16, 32).unbind()  # three frames of two clips
     alone = torch.cat([sparse_causal_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 1, 4) for i in range(6)])
-    torch.testing.assert_close(ablation.each_frame_alone(q, k, v, 3, 4), alone)
+    torch.testing.assert_close(each_frame_alone(q, k, v, 3, 4), alone)
     assert not torch.allclose(sparse_causal_attention(q, k, v, 3, 4), alone)
 
 

@@ -17,6 +17,7 @@ import torch
 from tav_opt import cli, command, config, progress
 from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
+from tav_opt.cli.evaluate import Evaluate
 from tav_opt.cli.info import Info
 from tav_opt.cli.metrics import Metrics
 from tav_opt.cli.probe import Probe
@@ -47,6 +48,7 @@ SETTINGS = {
     "push": Push,
     "demo": DemoConfig,
     "metrics": Metrics,
+    "evaluate": Evaluate,
 }
 """What each command line is read into."""
 GIVEN = {
@@ -65,6 +67,7 @@ GIVEN = {
     "push": "unread owner/name",
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
     "metrics": "absent.mp4 --source absent.mp4 --prompt x",
+    "evaluate": "absent.yaml --out out",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
 POSITIONAL = {
@@ -74,6 +77,7 @@ POSITIONAL = {
     ("clips add", "checkpoint"),
     ("info", "path"),
     ("push", "checkpoint"),
+    ("evaluate", "suite"),
 }
 NAMES = {"guidance_scale": "guidance"}
 

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tav_opt import command
-from tav_opt.cli import clips, demo, edit, export, info, metrics, probe, push, request, serve, tune
+from tav_opt.cli import clips, demo, edit, evaluate, export, info, metrics, probe, push, request, serve, tune
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo.run,
     "tune": tune.run,
     "edit": edit.run,
     "metrics": metrics.run,
+    "evaluate": evaluate.run,
     "export": export.run,
     "serve": serve.run,
     "probe": probe.run,

@@ -22,7 +22,6 @@ from tav_opt.config import (
     InversionConfig,
     Iterations,
     Side,
-    TrainConfig,
     check_numbers,
 )
 

@@ -69,9 +69,7 @@ class ClipEncoder:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over what embeddings of pictures depend on: weights, configuration, processor."""
-        described = [self.path / name for name in ("config.json", *PROCESSORS)]
-        files = [path for path in described if path.is_file()] + weights.files(self.path)
-        return hashlib.sha256("\n".join(f"{path.name} {sha256(path)}" for path in files).encode()).hexdigest()
+        return network_hash(self.path)
 
     @property
     def scale(self) -> float:
@@ -101,6 +99,13 @@ class ClipEncoder:
         if not unit.isfinite().all():
             raise InputError(f"{self.name}: the embedding of {what} is NaN or infinite: its weights are broken")
         return unit
+
+
+def network_hash(path: Path) -> str:
+    """SHA-256 over the weights, the configuration and the processor of a network's directory."""
+    described = [path / name for name in ("config.json", *PROCESSORS)]
+    files = [file for file in described if file.is_file()] + weights.files(path)
+    return hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def open_encoder(config: MetricsConfig, device: str | torch.device = "cpu") -> ClipEncoder:

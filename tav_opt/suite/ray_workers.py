@@ -1,0 +1,152 @@
+"""The same units as tasks of Ray, on one machine or a cluster: workers that keep their models, and may die."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tav_opt.config import InputError
+from tav_opt.device import dtype_on
+from tav_opt.memory.free import free_bytes
+from tav_opt.suite.scheduling import Ended, attempt
+from tav_opt.suite.suite_types import Suite
+from tav_opt.suite.unit_store import UnitStore
+from tav_opt.suite.units import Place, Unit
+from tav_opt.suite.workshop import Workshop
+
+Ray = Any
+"""The module: an extra, not installed everywhere."""
+TRIES = 3
+"""Of a unit whose worker died, as of a lost node or of the system's hand when memory is short."""
+
+
+class Worker:
+    """An actor: one workshop, in a process of its own."""
+
+    def __init__(self, suite: Suite, place: Place, root: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if not root.is_dir():
+            raise InputError(f"{root} is not seen from {os.uname().nodename}: give a folder that all nodes share")
+        self._workshop = Workshop(suite, place, UnitStore(root))
+
+    def do(self, unit: Unit) -> Ended:
+        """Does a unit; what is wrong with it comes back as one line."""
+        return attempt(self._workshop, unit, lambda *_: None)
+
+
+class RayPool:
+    """Workers of Ray; see `evaluating.Pool`."""
+
+    def __init__(self, ray: Ray, suite: Suite, place: Place, root: Path, workers: int, resources: Mapping[str, float]):
+        threads = max(1, (os.cpu_count() or 1) // workers) if place.device == "cpu" else 1
+        self._ray = ray
+        self._make = lambda: (
+            ray.remote(Worker)
+            .options(**resources, max_restarts=0, max_task_retries=0)
+            .remote(suite, place, root.absolute(), threads)
+        )
+        self._idle: list[tuple[Any, str]] = [(self._make(), "") for _ in range(workers)]
+        self._busy: dict[Any, tuple[Any, Unit]] = {}
+        self._tries: Counter[str] = Counter()
+
+    def room(self) -> bool:
+        return bool(self._idle)
+
+    def start(self, unit: Unit) -> None:
+        """On a worker that has the model in hand, where one is idle."""
+        wanted = _model_of(unit)
+        worker, _ = self._idle.pop(next((n for n, (_, held) in enumerate(self._idle) if held == wanted), 0))
+        self._busy[worker.do.remote(unit)] = worker, unit
+
+    def wait(self) -> Ended:
+        while True:
+            (ready, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
+            worker, unit = self._busy.pop(ready)
+            try:
+                ended: Ended = self._ray.get(ready)
+            except self._ray.exceptions.RayError as error:
+                fresh = self._make()
+                self._tries[unit.id] += 1
+                if self._tries[unit.id] < TRIES:
+                    self._busy[fresh.do.remote(unit)] = fresh, unit
+                    continue
+                self._idle.append((fresh, ""))
+                reason = str(error).strip().splitlines()[-1]
+                return Ended(unit=unit, seconds=0.0, fault=f"its worker died {TRIES} times: {reason}"[:500])
+            self._idle.append((worker, _model_of(unit)))
+            return ended
+
+
+def _model_of(unit: Unit) -> str:
+    """Which model a worker has in hand after a unit."""
+    image = unit.method is not None and unit.method.kind in ("per-frame", "plug-and-play")
+    return "" if unit.kind in ("source", "measure") else "image" if image else "video"
+
+
+@contextmanager
+def connected(address: str | None, workers: int) -> Iterator[Ray]:
+    """Ray, started on this machine for so many workers, or a cluster's; raises InputError where it cannot be had."""
+    try:
+        ray = import_module("ray")
+    except ModuleNotFoundError:
+        raise InputError("workers need Ray, which is not installed: pip install 'tav-opt[ray]'") from None
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    try:
+        if address is None:
+            ray.init(num_cpus=workers, **quiet)
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"no Ray answers at {address}: {str(error).strip().splitlines()[0]}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def place_on(ray: Ray, device: str, dtype: str) -> Place:
+    """Where units run on a cluster: on its GPUs where it has any, unless told otherwise."""
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+    chosen = dtype_on(torch.device(device), getattr(torch, dtype, None))
+    return Place(device=device, dtype=str(chosen).removeprefix("torch."))
+
+
+def resources(ray: Ray, place: Place, gib: float) -> dict[str, float]:
+    """What one worker takes of a cluster: a processor, memory by our estimate, and its share of a GPU."""
+    needed = int(gib * 2**30)
+    if torch.device(place.device).type != "cuda":
+        return {"num_cpus": 1, "memory": needed}
+    bytes_of = ray.remote(lambda: torch.cuda.mem_get_info()[1])
+    return {"num_cpus": 1, "num_gpus": gpu_share(needed, ray.get(bytes_of.options(num_gpus=1).remote()))}
+
+
+def gpu_share(needed: int, memory: int) -> float:
+    """The part of a GPU that a worker takes, one of so many as fit; raises InputError where none does."""
+    if needed > memory:
+        raise InputError(f"a worker needs {needed / 2**30:.1f} GiB, a GPU here has {memory / 2**30:.1f} GiB")
+    return 1 / (memory // needed)
+
+
+def fitting(workers: int | None, taken: Mapping[str, float], offered: Mapping[str, float]) -> int:
+    """How many workers a cluster has room for, or those that are asked for, which must fit."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    most = min(int(offered.get(names[name], 0) / amount + 1e-9) for name, amount in taken.items() if amount)
+    if not most or (workers or 0) > most:
+        told = ", ".join(f"{amount:g} {names[name]}" for name, amount in taken.items())
+        raise InputError(f"{workers or 1} workers do not fit: each takes {told}, there is room for {most}")
+    return workers or most
+
+
+def check_memory(workers: int, gib: float) -> None:
+    """Raises InputError where so many workers would take more memory than this machine has free."""
+    free = free_bytes(torch.device("cpu")) / 2**30
+    if workers * gib > free:
+        raise InputError(f"{workers} workers need about {workers * gib:.1f} GiB, this machine has {free:.1f}: fewer")

@@ -1,0 +1,210 @@
+"""`report/`: tables, players, plots and contact sheets of an evaluation, to be opened without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tav_opt import video
+from tav_opt.files import discard, whole, write_json
+from tav_opt.suite import results
+from tav_opt.suite.results import Cell, Row
+from tav_opt.suite.suite_types import Suite
+from tav_opt.video import contact_sheet
+
+PAGE = Path(__file__).with_name("report.html")
+EMBEDDED_BYTES = 24 << 20
+"""Of videos and sheets at most that lie within the page itself; more lie beside it."""
+MOST_SHEETS = 400
+
+
+def write(suite: Suite, found: Sequence[Row], faults: dict[str, str], kept_back: Sequence[str], out: Path) -> Path:
+    """Writes `out`, in the place of a report that is there, and returns its page.
+
+    Methods are compared on the edits that all of them made; every edit that is measured is in the grid and the CSV.
+    """
+    compared = results.common(found)
+    table = results.cells(compared)
+    beside = out.with_name(f".{out.name}.fresh")
+    discard(beside)
+    with whole(beside) as folder:
+        folder.mkdir()
+        (folder / "report.csv").write_text(results.as_csv(found), encoding="utf-8")
+        (folder / "report.md").write_text(_markdown(suite, found, compared, table, faults), encoding="utf-8")
+        write_json(folder / "report.json", _json(suite, found, compared, table, faults, kept_back))
+        page = _page(suite, found, compared, table, faults, kept_back, folder)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    old = out.with_name(f".{out.name}.old")
+    discard(old)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(beside, out)
+    discard(old)
+    return out / "index.html"
+
+
+def _by_category(compared: Sequence[Row]) -> dict[str, dict[str, dict[str, Cell]]]:
+    categories = dict.fromkeys(row.category for row in compared)
+    return {name: results.cells([row for row in compared if row.category == name]) for name in categories}
+
+
+def _networks(found: Sequence[Row]) -> dict[str, str]:
+    return {role: name for row in found for role, name in row.networks.items()}
+
+
+def _facts(suite: Suite, found: Sequence[Row], compared: Sequence[Row]) -> list[str]:
+    """What has to be known before figures are read."""
+    edits = len({(row.video, row.edit) for row in compared})
+    said = [
+        f"{len(suite.videos)} videos, {suite.edits} edits, {len(suite.methods)} methods; compared on the {edits} edits "
+        "that every method made.",
+        *(f"{role}: {name}" for role, name in _networks(found).items()),
+        "Means over edits; intervals are 95 % bootstrap intervals, whole videos drawn anew.",
+    ]
+    left = {name: reason for row in found for name, reason in row.left_out.items()}
+    return said + [f"{name}: left out of some edits or all, {reason}" for name, reason in left.items()]
+
+
+def _markdown(
+    suite: Suite,
+    found: Sequence[Row],
+    compared: Sequence[Row],
+    table: dict[str, dict[str, Cell]],
+    faults: dict[str, str],
+) -> str:
+    paper = [name for name in results.PAPER if name in results.metrics(compared)]
+    others = [name for name in results.metrics(compared) if name not in paper]
+    parts = [f"# {suite.file.stem}", "\n".join(f"- {fact}" for fact in _facts(suite, found, compared))]
+    parts.append(results.as_markdown("Table 1 of the paper", table, paper))
+    if others:
+        parts.append(results.as_markdown("Later benchmarks' metrics", table, others))
+    for name, own in _by_category(compared).items():
+        parts.append(results.as_markdown(f"Edits of the {name}" if name != "other" else "Other edits", own, paper))
+    if faults:
+        parts.append("### Not done\n\n" + "\n".join(f"- {name}: {fault}" for name, fault in faults.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _json(
+    suite: Suite,
+    found: Sequence[Row],
+    compared: Sequence[Row],
+    table: dict[str, dict[str, Cell]],
+    faults: dict[str, str],
+    kept_back: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "suite": str(suite.file),
+        "model": suite.model,
+        "networks": _networks(found),
+        "table": results.as_json(table),
+        "by category": {name: results.as_json(own) for name, own in _by_category(compared).items()},
+        "edits": [vars(row) for row in found],
+        "faults": faults,
+        "not done for them": list(kept_back),
+    }
+
+
+def _page(
+    suite: Suite,
+    found: Sequence[Row],
+    compared: Sequence[Row],
+    table: dict[str, dict[str, Cell]],
+    faults: dict[str, str],
+    kept_back: Sequence[str],
+    folder: Path,
+) -> str:
+    from tav_opt.suite import report_plots
+
+    categories = _by_category(compared)
+    data = {
+        "name": suite.file.stem,
+        "facts": _facts(suite, found, compared),
+        "metrics": results.metrics(found),
+        "paper": list(results.PAPER),
+        "low": list(results.LOW_IS_GOOD),
+        "digits": {name: results.DIGITS.get(name, 3) for name in results.metrics(found)},
+        "methods": [method.name for method in suite.methods],
+        "table": results.as_json(table),
+        "categories": {name: results.as_json(own) for name, own in categories.items()},
+        "edits": _cards(found, folder),
+        "faults": faults,
+        "keptBack": list(kept_back),
+    }
+    told = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    plots = "".join(f"<figure>{svg}</figure>" for svg in report_plots.plots(compared, table)) if compared else ""
+    page = PAGE.read_text(encoding="utf-8")
+    return page.replace("{{title}}", html.escape(suite.file.stem)).replace("{{plots}}", plots).replace("{{data}}", told)
+
+
+def _cards(found: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
+    """What the grid shows: one card an edit, a player each of its source and its methods, and a contact sheet."""
+    edits: dict[tuple[str, str], list[Row]] = {}
+    for row in found:
+        edits.setdefault((row.video, row.edit), []).append(row)
+    files = {row.source for row in found} | {row.file for row in found}
+    embed = sum(file.stat().st_size for file in files) <= EMBEDDED_BYTES
+    media = _Media(folder, embed)
+    cards = []
+    for number, own in enumerate(edits.values()):
+        first = own[0]
+        name = f"{first.video}--{first.edit}"
+        cards.append(
+            {
+                "video": first.video,
+                "edit": first.edit,
+                "category": first.category,
+                "caption": first.caption,
+                "prompt": first.prompt,
+                "source": media.video(first.source, f"source--{first.video}.mp4"),
+                "made": {
+                    row.method: {"file": media.video(row.file, f"{row.method}--{name}.mp4"), "values": row.values}
+                    for row in own
+                },
+                "sheet": media.sheet(own, f"{name}.jpg") if number < MOST_SHEETS else None,
+            }
+        )
+    return cards
+
+
+class _Media:
+    """Videos and sheets, within the page or beside it."""
+
+    def __init__(self, folder: Path, embed: bool) -> None:
+        self._folder, self._embed = folder, embed
+        self._known: dict[str, str] = {}
+
+    def video(self, file: Path, name: str) -> str:
+        """The address of a copy."""
+        if name not in self._known:
+            self._known[name] = self._address(file, name)
+        return self._known[name]
+
+    def _address(self, file: Path, name: str) -> str:
+        if self._embed:
+            return f"data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        (self._folder / "videos").mkdir(exist_ok=True)
+        shutil.copyfile(file, self._folder / "videos" / name)
+        return f"videos/{name}"
+
+    def sheet(self, own: Sequence[Row], name: str) -> str:
+        """The address of a contact sheet of an edit: the source, and each method's."""
+        clips = [video.read(own[0].source).frames, *(video.read(row.file).frames for row in own)]
+        captions = [f"source: {own[0].caption}", *(f"{row.method}: {row.prompt}" for row in own)]
+        picture = Image.fromarray(contact_sheet.contact_sheet(clips, captions, columns=6))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=82)
+        if self._embed:
+            return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        (self._folder / "sheets").mkdir(exist_ok=True)
+        (self._folder / "sheets" / name).write_bytes(file.getvalue())
+        return f"sheets/{name}"

@@ -1,0 +1,289 @@
+"""A suite's file: what may stand in it, what is refused in one line, and public benchmarks' manifests."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from suites import entry, random_video, written
+
+from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig
+from tav_opt.suite import tgve
+from tav_opt.suite.manifests import READERS, read
+from tav_opt.suite.planning import Plan, plan_of, table
+from tav_opt.suite.suite_file import read_suite
+from tav_opt.suite.units import Place, missing_files, units
+
+GPU = Place(device="cuda", dtype="float16")
+
+
+def suite(folder: Path, **more: Any) -> Any:
+    content = {"model": "m", "videos": [entry("dog.mp4")]} | more
+    return read_suite(written(folder, {key: value for key, value in content.items() if value is not None}))
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    found = suite(tmp_path)
+    (method,), (video,) = found.methods, found.videos
+    assert (method.name, method.kind, method.tune, method.edit) == ("ours", "tune-a-video", TrainConfig(), EditConfig())
+    assert video.clip == ClipConfig(video=tmp_path / "dog.mp4") and video.edits[0].name == "subject"
+
+
+def test_settings_of_the_suite_of_a_video_and_of_a_method(tmp_path: Path) -> None:
+    found = suite(
+        tmp_path,
+        clip={"frames": 8, "stride": 1},
+        tune={"steps": 100, "lr": "3e-4"},
+        edit={"steps": 20},
+        methods={
+            "ours": None,
+            "untuned": {"tune": {"steps": 1, "lr": 0}},
+            "per-frame": {},
+            "alone": {"attention": "each-frame"},
+            "cogvideo": {"folder": "done"},
+        },
+        videos=[entry("dog.mp4", clip={"stride": 3}), entry("cat.mp4", edits=["a cow", "a pig"])],
+    )
+    ours, untuned, per_frame, alone, cogvideo = found.methods
+    assert (ours.tune.steps, ours.tune.lr, untuned.tune.steps, untuned.tune.lr) == (100, 3e-4, 1, 0)
+    assert (per_frame.kind, per_frame.edit.steps, alone.attention) == ("per-frame", 20, "each-frame")
+    assert (cogvideo.kind, cogvideo.folder) == ("folder", tmp_path / "done")
+    dog, cat = found.videos
+    assert (dog.clip.stride, dog.clip.frames, cat.clip.stride) == (3, 8, 1)
+    assert [edit.name for edit in cat.edits] == ["mixed", "mixed-2"] and found.edits == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"colour": 1}, "unknown key colour: there are captioner, clip, edit, manifest, methods, metrics, model"),
+        ({"model": None}, "key model is missing"),
+        ({"tune": {"step": 5}}, "unknown key tune.step"),
+        ({"tune": {"steps": "many"}}, "steps: 'many' is not int"),
+        ({"tune": {"steps": 0}}, "steps 0 is not within 1"),
+        ({"tune": {"warmup": 900}}, "warmup 900 is more than the 500 steps"),
+        ({"edit": {"prompts": ["x"]}}, "unknown key edit.prompts"),
+        ({"edit": {"guidance_scale": -1}}, "guidance scale -1.0 is not within"),
+        ({"clip": {"video": "x"}}, "unknown key clip.video"),
+        ({"clip": 5}, "clip: 5 is not settings"),
+        ({"metrics": {"clip": 5}}, "clip: 5 is not"),
+        ({"videos": []}, r"videos: \[\] is not a list of one or more"),
+        ({"manifest": {"kind": "tgve", "file": "x", "folder": "y"}}, "either videos or a manifest"),
+        ({"videos": [entry("dog.mp4"), entry("other/dog.mp4")]}, "videos: two of the name dog"),
+        ({"videos": [entry("dog.mp4", name="Dog"), entry("cat.mp4", name="dog")]}, "two of the name dog"),
+        ({"videos": [entry("dog.mp4", name="../dog")]}, "name '../dog' is not"),
+        ({"videos": [entry("dog.mp4", prompts=[])]}, r"unknown key videos\[1\].prompts"),
+        ({"videos": [{"caption": "x", "edits": ["y"]}]}, r"key videos\[1\].video is missing"),
+        ({"videos": [entry("dog.mp4", edits=[])]}, "dog: edits: give one or more"),
+        ({"videos": [entry("dog.mp4", edits=[{"category": "style"}])]}, r"key dog: edits\[1\].prompt is missing"),
+        ({"videos": [entry("dog.mp4", edits=[{"prompt": " "}])]}, "caption or prompt ' ' is empty"),
+        ({"videos": [entry("dog.mp4", edits=[{"prompt": "x", "category": "size"}])]}, "category: 'size' is not"),
+        ({"videos": [entry("dog.mp4", edits=[{"prompt": "x", "name": "a"}] * 2)]}, "dog: edits: two of the name a"),
+        ({"videos": [entry("dog.mp4", caption=None)]}, "dog has no caption"),
+        ({"methods": ["ours", "ours"]}, "methods: two of the name ours"),
+        ({"methods": {"ours": {"kind": "magic"}}}, "kind: 'magic' is not"),
+        (
+            {"methods": {"per-frame": {"tune": {}}}},
+            "per-frame.tune does nothing for a method of kind per-frame",
+        ),
+        ({"methods": {"x": {"kind": "folder"}}}, "key methods.x.folder is missing"),
+        ({"methods": {"x": {"folder": "y", "edit": {}}}}, "methods.x.edit does nothing"),
+        ({"methods": {"a b": None}}, "name 'a b' is not"),
+        ({"methods": {}}, "methods: give one or more"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        suite(tmp_path, **more)
+    assert str(caught.value).startswith(str(tmp_path / "suite.yaml")) and "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "done" / "dog").mkdir(parents=True)
+    random_video(tmp_path / "done" / "dog" / "subject.mp4")
+    methods = {"ours": None, "cogvideo": {"folder": "done"}}
+    found = suite(tmp_path, methods=methods, videos=[entry("dog.mp4", mask="mask"), entry("cat.mp4")])
+    gone = missing_files(found)
+    assert len(gone) == 4 and [name for name in gone if "cat.mp4" in name and name.startswith("video")]
+    assert f"mask {tmp_path / 'mask'}" in gone and f"cogvideo's edit {tmp_path / 'done'}/cat/subject" in gone
+
+
+# Units and their keys.
+
+
+def keys(path: Path) -> dict[str, str]:
+    return {unit.name + unit.kind: unit.key for unit in units(read_suite(path), Place(device="cpu", dtype="float32"))}
+
+
+def test_a_unit_is_known_by_all_that_it_depends_on(small, tmp_path: Path) -> None:
+    methods = {"ours": None, "per-frame": None}
+    before = keys(small(methods=methods))
+    assert len(before) == 1 + 2 * 3 and len(set(before.values())) == 7
+    assert keys(small(methods=methods)) == before
+    tuned = keys(small(methods=methods, tune={"steps": 3, "inversion_steps": 2}))
+    changed = {name for name in before if tuned[name] != before[name]}
+    assert changed == {"ours--dogtune", "ours--dog--subjectedit", "ours--dog--subjectmeasure"}
+    saved = keys(small(methods=methods, tune={"steps": 2, "inversion_steps": 2, "save_every": 7}))
+    assert saved == before, "how often a state is saved changes nothing"
+    prompt = keys(small(methods=methods, videos=[entry("dog.mp4", edits=[{"prompt": "a cow", "category": "subject"}])]))
+    assert {name for name in before if prompt[name] != before[name]} == {n for n in before if "subject" in n}
+    assert set(keys(small(methods=methods, edit={"steps": 2, "seed": 5})).items()) & set(before.items()) == {
+        (name, before[name]) for name in before if "subject" not in name
+    }
+    from tav_opt.suite.units import content
+
+    content.cache_clear()
+    (tmp_path / "dog.mp4").unlink()
+    random_video(tmp_path / "dog.mp4", seed=1)
+    assert not set(keys(small(methods=methods)).values()) & set(before.values())
+
+
+# Manifests.
+
+
+def clip_at(path: Path) -> ClipConfig:
+    return ClipConfig(video=path)
+
+
+def test_tgve_as_one_table(shared: Path) -> None:
+    found = read("tgve", shared / "suites" / "tgve.csv", Path("data"), None, clip_at)
+    assert len(found) == 76 and sum(len(video.edits) for video in found) == 304
+    first = found[0]
+    assert first.clip.video == Path("data/DAVIS_480p/480p_frames/bmx-rider") and first.source == "davis"
+    categories = [(edit.name, edit.category) for edit in first.edits]
+    assert categories == [
+        ("style", "style"),
+        ("object", "subject"),
+        ("background", "background"),
+        ("multiple", "mixed"),
+    ]
+
+
+HEADING = [
+    "Video name",
+    "Our GT caption",
+    "Style Change Caption",
+    "Object Change Caption",
+    "Background Change Caption",
+    "Multiple Changes Caption",
+]
+
+
+def as_csv(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_tgve_as_it_is_published(tmp_path: Path) -> None:
+    file = as_csv(
+        tmp_path / "own.csv",
+        [
+            [*HEADING, ""],
+            ["DAVIS Videos:", *[""] * 6],
+            ["bear ", "a bear", "a bear, ink", "a cow", "a bear on ice", "a cow on ice, ink", ""],
+            [""] * 7,
+            ["Youtube Videos:", *[""] * 6],
+            ["cars", "cars", "cars, ink", "buses", "cars on ice", "buses on ice, ink", ""],
+        ],
+    )
+    bear, cars = read("tgve", file, tmp_path, None, clip_at)
+    assert (bear.name, bear.source, cars.source, bear.edits[1].prompt) == ("bear", "davis", "youtube", "a cow")
+    assert cars.clip.video == tmp_path / "youtube_480p/480p_frames/cars"
+    as_csv(tmp_path / "own.csv", [HEADING, ["bear", *["x"] * 5]])
+    with pytest.raises(InputError, match="row 2: 'bear' stands before a row such as 'DAVIS Videos:'"):
+        read("tgve", file, tmp_path, None, clip_at)
+
+
+def test_results_in_tgves_layout(tmp_path: Path) -> None:
+    frames = np.full((2, 64, 64, 3), (200, 40, 90), np.uint8)
+    out = tgve.write_result(tmp_path, "videvo", "cars", "multiple", frames)
+    assert out == tmp_path / "videvo_480p" / "cars" / "multiple"
+    assert [path.name for path in sorted(out.iterdir())] == ["00000.jpg", "00001.jpg"]
+    picture = np.asarray(Image.open(out / "00000.jpg"))
+    assert picture.shape == (480, 480, 3) and abs(picture.astype(int) - (200, 40, 90)).max() < 4
+
+
+def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:
+    (tmp_path / "hike").mkdir()
+    v2v = written(tmp_path, {"data": [{"video_id": "hike", "edit": [{"prompt": "a"}, {"prompt": "b"}]}]}, "v2v.yaml")
+    (hike,) = read("v2vbench", v2v, tmp_path, None, clip_at)
+    assert ([e.name for e in hike.edits], hike.caption, hike.clip.video) == (["0", "1"], None, tmp_path / "hike")
+
+    columns = ["original_video_path", "edited_video_path", "semantic_mask_path", "source_prompt", "target_prompt"]
+    rows = [["./sample/bear", f"./sample/bear_{n}", "./sample/bear_mask", "a bear", f"a {n} bear"] for n in "ab"]
+    (bear,) = read("editboard", as_csv(tmp_path / "s.csv", [columns, *rows]), tmp_path, None, clip_at)
+    assert [edit.name for edit in bear.edits] == ["bear_a", "bear_b"] and bear.mask == tmp_path / "sample/bear_mask"
+
+    prompts = tmp_path / "edit_prompt"
+    prompts.mkdir()
+    for number in (1, 3):
+        told = {"video_name": "0001_bus", "source_prompt": "a bus", "target_prompt": f"edit {number}", "more": 1}
+        (prompts / f"edit{number}_FiVE.json").write_text(json.dumps([told]))
+    (bus,) = read("five", prompts, tmp_path / "videos", tmp_path / "bmasks", clip_at)
+    assert [(e.name, e.category) for e in bus.edits] == [("edit1", "subject"), ("edit3", "other")]
+    assert bus.mask == tmp_path / "bmasks/0001_bus" and bus.clip.video == tmp_path / "videos/0001_bus.mp4"
+
+    rows = [["bear", "a bear", "a cow", "subject"], ["bear", "", "a bear, ink", "style"]]
+    file = as_csv(tmp_path / "davis.csv", [["video", "caption", "prompt", "category"], *rows])
+    (davis,) = read("davis", file, tmp_path / "480p", tmp_path / "masks", clip_at)
+    assert [e.name for e in davis.edits] == ["subject", "style"] and davis.caption == "a bear"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_manifest_of_another_form_is_one_line(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / ("edit1_FiVE.json" if kind == "five" else "manifest")
+    for content in ("{}", "[]", "a,b\n1,2\n", "data: [5]"):
+        file.write_text(content)
+        with pytest.raises(InputError, match=file.name) as caught:
+            read(kind, file, tmp_path, None, clip_at)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="absent"):
+        read(kind, tmp_path / "edit1_absent", tmp_path, None, clip_at)
+
+
+# Plans.
+
+
+def plan(folder: Path, **more: Any) -> Plan:
+    found = suite(folder, **more)
+    return plan_of(found, units(found, GPU, hashed=False), GPU)
+
+
+def test_all_of_tgve_is_planned_without_its_videos(shared: Path, tmp_path: Path) -> None:
+    found = suite(
+        tmp_path,
+        videos=None,
+        model="CompVis/stable-diffusion-v1-4",
+        clip={"frames": 32, "stride": 1, "height": 480, "width": 480},
+        manifest={"kind": "tgve", "file": str(shared / "suites" / "tgve.csv"), "folder": "absent"},
+        methods=["ours", "per-frame", "plug-and-play"],
+    )
+    planned = plan_of(found, units(found, GPU, hashed=False), GPU)
+    counts = {kind: need.units for kind, need in planned.needs.items()}
+    assert counts == {"source": 76, "tune": 76, "invert": 76, "edit": 912, "measure": 912}
+    told = table(planned, 250)
+    assert told.startswith("ESTIMATE, not a measurement") and "64 GPUs" in told and "is not here" in told
+    # 74.35 M trained values (DESIGN.md) in fp16, and two latents of 32 × 4 × 60 × 60 in fp32, each of 76 clips.
+    assert planned.needs["tune"].disk_gib * 2**30 == pytest.approx(
+        76 * (2 * 74.35e6 + 2 * 4 * 32 * 4 * 60 * 60), rel=0.01
+    )
+
+
+def test_operations_are_those_of_the_literature(tmp_path: Path) -> None:
+    """Stable Diffusion's image UNet takes about 0.8 TFLOP at 512²; ours looks at twice as many keys, and at time."""
+    at = {"model": "CompVis/none", "clip": {"frames": 4, "stride": 1}, "edit": {"steps": 1}}
+    one = plan(tmp_path, methods=["per-frame"], **at).needs["invert"].flop
+    many = plan(tmp_path, methods=["per-frame"], **{**at, "edit": {"steps": 2}}).needs["invert"].flop
+    assert 0.8e12 < (many - one) / 4 < 1.2e12
+
+
+def test_hours_are_turns(tmp_path: Path) -> None:
+    planned = plan(tmp_path, model="CompVis/none", clip={"frames": 2, "stride": 1, "height": 64, "width": 64})
+    assert planned.hours(1, 1.0) == pytest.approx(planned.flop / 1e12 / 3600)
+    assert planned.hours(8, 1.0) == pytest.approx(planned.hours(1, 1.0)), "one video is one turn"
