@@ -21,8 +21,8 @@ from tav_opt.kernels.group_norm_kernel import Tile
 OP = torch.ops.tav_opt.group_norm.default
 EPS = 1e-5
 # b, frames, c, groups, h, w: rows and channels that no tile divides, groups of 1, 3, 10, 40 and all channels.
-SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 20, 2, 3, 5), (1, 2, 80, 2, 6, 7), (3, 1, 6, 6, 4, 4), (1, 5, 96, 32, 8, 8)]
-SHAPES += [(2, 2, 130, 13, 5, 5), (1, 24, 8, 1, 4, 2)]
+SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 20, 2, 3, 5), (1, 2, 80, 2, 6, 7), (3, 1, 6, 6, 4, 4), (1, 3, 96, 32, 5, 4)]
+SHAPES += [(1, 2, 130, 13, 5, 5), (1, 24, 8, 1, 4, 2)]
 SILU = pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])
 
 
@@ -181,7 +181,7 @@ def test_the_unet_has_its_norms_by_kernels(monkeypatch):
     for name in ("sparse_causal_attention", "temporal_attention"):
         monkeypatch.setattr(attention, name, getattr(naive, name))
     unet = inflate(tiny()).eval().requires_grad_(False)
-    given = torch.randn(2, 4, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 12)
+    given = torch.randn(1, 4, 2, 8, 8), torch.tensor([3]), torch.randn(1, 5, 12)
     calls, launch = [], group_norm_kernel.launch
     monkeypatch.setattr(group_norm_kernel, "launch", lambda *given: calls.append(given[-1]) or launch(*given))
     found = unet(*given)
