@@ -56,12 +56,13 @@ def save(
     write_json(folder / DESCRIPTION, {**checkpoint.info.to_json(), "files": hashes, "settings": settings})
 
 
-def save_sound(sound: bytes | None, folder: Path) -> list[str]:
+def save_sound(sound: bytes | None, folder: PathLike) -> list[str]:
     """Writes it, where there is one → its file's name; that of a clip before goes."""
+    path = Path(folder) / SOUND
     if sound is None:
-        (folder / SOUND).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return []
-    with whole(folder / SOUND) as temporary:
+    with whole(path) as temporary:
         temporary.write_bytes(sound)
     return [SOUND]
 

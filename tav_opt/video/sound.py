@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tav_opt.config import InputError
 from tav_opt.video.containers import CONTAINERS
+
+_LOG = logging.getLogger(__name__)
 
 IN_MP4 = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Codecs that players of MP4 know; another one is encoded anew, as AAC."""
@@ -20,7 +22,8 @@ MAX_BYTES = 64 << 20
 def cut(file: IO[bytes], name: str, begin: float, end: float) -> bytes | None:
     """The best sound track of a video file between two of its times (seconds), from 0 on; None where there is none.
 
-    Packets are copied, those that lie wholly within. Raises InputError where they cannot be read or are too many.
+    Packets are copied, those that lie wholly within. Sound that cannot be read or kept is left out, which is logged:
+    the pictures are worth having without.
     """
     import av
 
@@ -38,11 +41,10 @@ def cut(file: IO[bytes], name: str, begin: float, end: float) -> bytes | None:
                     size += packet.size
                     target.mux(packet)
                     if size > MAX_BYTES:
-                        raise InputError(
-                            f"{name}: over {MAX_BYTES >> 20} MiB of sound between its first and last frame"
-                        )
-    except av.error.FFmpegError as error:
-        raise InputError(f"{name}: its sound cannot be read ({error.strerror})") from None
+                        raise ValueError(f"over {MAX_BYTES >> 20} MiB of it")
+    except (av.error.FFmpegError, ValueError) as error:  # the latter also of codecs that Matroska does not hold
+        _LOG.warning("%s: its sound is left out: %s", name, getattr(error, "strerror", None) or error)
+        return None
     return found.getvalue() if size else None
 
 
