@@ -143,11 +143,7 @@ class _Shapes:
         sizes = clip.frames, clip.height, clip.width
         latents = clip.frames * clip.height * clip.width * 4 * 4 / self._sd.vae_factor**2 / 2**30
         if unit.kind == "tune":
-<<<<<<< HEAD
             times = 1 + BACKWARD + bool(method.tune.gradient_checkpointing)  # undecided: off, as in the estimate
-=======
-            times = 1 + BACKWARD + bool(method.tune.gradient_checkpointing)
->>>>>>> suite
             flop = step * (times * method.tune.steps * method.tune.accumulation + method.tune.inversion_steps) + vae
             values = self._values(method)
             return flop, eager.estimate_tuning(self._sd, method.tune, *sizes) / 2**30, values + 2 * latents
