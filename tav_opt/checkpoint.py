@@ -133,19 +133,3 @@ def save_tensors(tensors: dict[str, Tensor], path: PathLike, metadata: dict[str,
         except SafetensorError as error:  # it hides the operating system's error in its text
             found = re.search(r"os error (\d+)", str(error))
             raise OSError(int(found[1]) if found else 0, str(error)) from None
-
-
-def is_reference_unet(config: dict[str, Any]) -> bool:
-    """Whether a UNet's configuration is of one that the reference implementation saved."""
-    return config.get("_class_name") == "UNet3DConditionModel"
-
-
-def image_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the image UNet that the reference inflated: block names say 2D, not 3D."""
-
-    def flat(value: Any) -> Any:
-        if isinstance(value, list):
-            return [flat(item) for item in value]
-        return value.replace("3D", "2D") if isinstance(value, str) else value
-
-    return {key: flat(value) for key, value in config.items()}

@@ -184,6 +184,38 @@ class Config:
 
 @documented
 @dataclass(frozen=True, kw_only=True)
+class Additions(Config):
+    """What is put into a base model before it is inflated; all of it belongs to what a clip is tuned on."""
+
+    model_config: str | None = None
+    """Of a single file: Stable Diffusion directory, or hub id, that has its configurations and tokenizer."""
+    loras: tuple[str, ...] = ()
+    """FILE[:weight] of LoRAs, weight 1 unless given; or the folder that PEFT or diffusers saved."""
+    embeddings: tuple[str, ...] = ()
+    """FILE[:token] of textual inversions; the token is the file's own unless given."""
+    vae: str | None = None
+    """Directory or hub id of another VAE."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that there are, by name, as JSON has them."""
+        found = {field.name: getattr(self, field.name) for field in fields(Additions)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items() if value}
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(Additions):
+    """A Stable Diffusion, and what its owner adds to it."""
+
+    model: str
+    """Stable Diffusion directory, hub id, or single file (.safetensors, .ckpt)."""
+
+    def given(self) -> dict[str, Any]:
+        return {"model": self.model, **super().given()}
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
 class ClipConfig(Config):
     """Which frames of a video are taken, and how they are fitted (defaults: the paper's)."""
 
@@ -223,8 +255,8 @@ class InversionConfig(Config):
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config):
-    """How one clip is tuned (paper section 4.1 and the reference's configuration)."""
+class OptimiserConfig(Config):
+    """How whatever trains is trained, and what is written on the way."""
 
     steps: Count = 500
     """Optimiser steps."""
@@ -244,8 +276,6 @@ class TrainConfig(Config):
     """Largest norm of all gradients together; inf: as large as it is."""
     accumulation: Annotated[int, Within(1, 10**4)] = 1
     """Gradient accumulation: noise draws per optimiser step."""
-    trainable: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
-    """Which parameters train, by the name of their module."""
     gradient_checkpointing: bool | None = None
     """Compute activations twice, not keep them: less memory, more time; default: only where memory asks for it."""
     autocast: Literal["no", "fp16", "bf16"] = "no"
@@ -253,13 +283,22 @@ class TrainConfig(Config):
     seed: Seed = 33
     """Of the noise, the timesteps, and what starts at random."""
     preview_every: Index = 0
-    """Write an edited preview every so many steps; 0: none."""
+    """Write a preview every so many steps; 0: none."""
     preview_prompts: tuple[str, ...] = ()
     """What the previews show."""
     save_every: Count = 50
     """Steps between resume states."""
     keep_state: bool = False
     """Keep the last resume state: the same command with more steps then goes on from the finished run."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(OptimiserConfig):
+    """How one clip is tuned (paper section 4.1 and the reference's configuration)."""
+
+    trainable: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
+    """Which parameters train, by the name of their module."""
     inversion_steps: DdimSteps = InversionConfig.steps
     """DDIM steps of the inversion that is kept with the checkpoint."""
     inversion_iterations: Iterations = InversionConfig.iterations
@@ -269,6 +308,29 @@ class TrainConfig(Config):
     def inversion(self) -> InversionConfig:
         """Of the clip, once it is tuned."""
         return InversionConfig(steps=self.inversion_steps, iterations=self.inversion_iterations)
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class PersonaliseConfig(OptimiserConfig):
+    """How a model learns a subject from a few pictures (DreamBooth, Ruiz et al. 2022, arXiv 2208.12242)."""
+
+    lr: LearningRate = 5e-6
+    """AdamW's learning rate; some twenty times as much for a LoRA."""
+    batch: Annotated[int, Within(1, 64)] = 1
+    """Pictures a step, and as many of the class."""
+    class_images: Annotated[int, Within(1, 10_000)] = 100
+    """Pictures of the class, which the model draws itself before it learns."""
+    prior_weight: Annotated[float, Within(0, 100)] = 1.0
+    """Of the class's pictures in the loss."""
+    text_encoder: bool = False
+    """Train the text encoder too."""
+    lora_rank: Annotated[int, Within(0, 1024)] = 0
+    """Train a LoRA of this rank in place of all weights; 0: all weights."""
+    draw_steps: DdimSteps = 25
+    """DDIM steps of the class's pictures and the previews."""
+    draw_guidance: GuidanceScale = 7.5
+    """Classifier-free guidance scale of the class's pictures and the previews."""
 
 
 EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")

@@ -227,6 +227,7 @@ class ClipInfo:
     base: str
     """Path or hub id of the image model."""
     base_hash: str
+    """Of all that it holds, and of what was added to it."""
     prompt: str
     frames: int
     height: int
@@ -236,6 +237,8 @@ class ClipInfo:
     edit: Mapping[str, Any] = field(default_factory=dict)
     """Of EDIT_DEFAULTS, those that the clip was tuned to be edited with."""
     inversion_iterations: int = InversionConfig.iterations
+    additions: Mapping[str, Any] = field(default_factory=dict)
+    """What was added to the image model, as config.Additions has it."""
     version: int = VERSION
 
     @property
@@ -263,7 +266,7 @@ class ClipInfo:
             raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
-        value = {"edit": {}, "inversion_iterations": 0} | value  # clips of before have none
+        value = {"edit": {}, "additions": {}, "inversion_iterations": 0} | value  # clips of before have none
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         from tav_opt import schemas  # not for clients, who read no such file

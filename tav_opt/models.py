@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,30 +11,23 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from tav_opt import checkpoint
 from tav_opt.base import configuration, weights
-from tav_opt.base.directory import Base, checked_base, resolve
-from tav_opt.config import InputError, PathLike, first_line, texts
+from tav_opt.base.directory import Base, recorded_base, resolve
+from tav_opt.base.image_model import ImageModel, empty, load_strictly, load_unet
+from tav_opt.base.textual_inversion import spelt_out
+from tav_opt.config import BaseConfig, InputError, PathLike, texts
 from tav_opt.ddim import Schedule, Timestep, timestep_rows
 from tav_opt.device import usable_device
-from tav_opt.files import read_object, refuse_pointer
+from tav_opt.files import read_object
 from tav_opt.unet import VideoUNet, clip_value_names, inflate
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
-diffusers_logging.set_verbosity_error()  # configurations of 2022 hold entries that it warns of
-transformers_logging.set_verbosity_error()  # what of its tables matters is said below, in one line
-transformers_logging.disable_progress_bar()  # of loading a text encoder: half a second
-
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL)
 Module = TypeVar("Module", bound=torch.nn.Module)
 
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of the VAE's attention, until diffusers 0.17."""
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +64,8 @@ def load_video_unet(
     path = resolve(path_or_hub_id)
     if checkpoint.is_checkpoint(path):
         tuned = checkpoint.load(path)
-        unet = _unet_of(checked_base(tuned.info.base, tuned.info.base_hash))
+        base = recorded_base(tuned.info.base, tuned.info.additions, None, tuned.info.base_hash)
+        unet = _unet_of(base, ImageModel.load(base))
         put_values(unet, tuned.values)
     else:
         folder = path / "unet" if (path / "unet").is_dir() else path
@@ -91,23 +84,17 @@ def _placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     return module.eval().requires_grad_(False)
 
 
-def _unet_of(base: Base) -> VideoUNet:
-    return _unet(base.configs["unet"], base.files["unet"])
+def _unet_of(base: Base, image: ImageModel) -> VideoUNet:
+    return _unet(base.configs["unet"], base.files["unet"]) if image.unet is None else inflate(image.unet)
 
 
 def _unet(config: dict[str, Any], files: list[Path]) -> VideoUNet:
     folder = files[0].parent
-    if checkpoint.is_reference_unet(config):
-        unet = inflate(_empty(UNet2DConditionModel, checkpoint.image_config(config), folder))
-        _load_strictly(unet, weights.read(files), folder)
-        return unet
-    return inflate(_image_unet(config, files))
-
-
-def _image_unet(config: dict[str, Any], files: list[Path]) -> UNet2DConditionModel:
-    image = _empty(UNet2DConditionModel, config, files[0].parent)
-    _load_strictly(image, weights.read(files), files[0].parent)
-    return image
+    if not configuration.is_reference_unet(config):
+        return inflate(load_unet(config, files))
+    unet = inflate(empty(UNet2DConditionModel, configuration.image_config(config), folder))
+    load_strictly(unet, weights.read(files), folder)
+    return unet
 
 
 def put_values(unet: VideoUNet, values: dict[str, Tensor]) -> None:
@@ -124,134 +111,57 @@ def put_values(unet: VideoUNet, values: dict[str, Tensor]) -> None:
         raise InputError(f"value {missing[0]} is missing, which no image model brings")
 
 
-def _empty(kind: type[Model], config: dict[str, Any], folder: Path) -> Model:
-    """A model of diffusers without values: weights follow at once, and random ones would cost seconds for SD 1.x."""
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(settings)
-    except Exception as error:  # of as many kinds as there are ways to be wrong
-        raise InputError(f"{folder / 'config.json'} describes no {kind.__name__}: {first_line(error)}") from None
-    return model.to_empty(device="cpu")
-
-
-def _load_strictly(model: torch.nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    try:
-        found = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{folder}: weights do not fit the configuration: {reason}") from None
-    if found.missing_keys or found.unexpected_keys:
-        missing, extra = found.missing_keys[:1], found.unexpected_keys[:1]
-        raise InputError(f"{folder}: weights do not fit the configuration (missing {missing}, unknown {extra}, …)")
-
-
 def load(
-    path_or_hub_id: PathLike | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: PathLike | BaseConfig | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> StableDiffusion:
-    """All parts of a Stable Diffusion directory or hub repository, the UNet inflated.
+    """All parts of a Stable Diffusion, what is added to it fused in, the UNet inflated.
 
     Raises InputError for parts that are missing or corrupt.
     """
-    return _loaded(Base.at(path_or_hub_id), _unet_of, dtype, device)
+    return _loaded(Base.at(model), _unet_of, dtype, device)
 
 
 def load_image(
-    path_or_hub_id: PathLike | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: PathLike | BaseConfig | Base, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> StableDiffusion:
     """The same parts, the UNet diffusers' own as it is: it predicts images (b,c,h,w), and `predict` is not for it.
 
     Raises InputError, also for a UNet that the reference inflated and tuned.
     """
 
-    def unet(base: Base) -> Any:
-        if checkpoint.is_reference_unet(base.configs["unet"]):
+    def unet(base: Base, image: ImageModel) -> Any:
+        if image.unet is None:
             raise InputError(f"{base.path} holds a UNet that was inflated and tuned, not one of images")
-        return _image_unet(base.configs["unet"], base.files["unet"])
+        return image.unet
 
-    return _loaded(Base.at(path_or_hub_id), unet, dtype, device)
+    return _loaded(Base.at(model), unet, dtype, device)
 
 
 def _loaded(
-    base: Base, unet: Callable[[Base], VideoUNet], dtype: torch.dtype, device: str | torch.device
+    base: Base,
+    unet: Callable[[Base, ImageModel], VideoUNet],
+    dtype: torch.dtype,
+    device: str | torch.device,
 ) -> StableDiffusion:
     device = usable_device(device)
-    if halves := [f"{part}/{files[0].name}" for part, files in base.files.items() if weights.is_half(files[0].name)]:
+    halves = [f"{part}/{file.name}" for part, files in base.files.items() for file in files[:1]]
+    if halves := [name for name in halves if weights.is_half(name)]:
         _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
-    tokenizer = load_tokenizer(base)
-    vae = _vae(base)
-    text_encoder = _text_encoder(base, dtype)
+    image = ImageModel.load(base)
     return StableDiffusion(
         base=base,
-        unet=_placed(unet(base), device, dtype),
-        vae=_placed(vae, device, dtype),
-        text_encoder=text_encoder.to(device).eval().requires_grad_(False),
-        tokenizer=tokenizer,
+        unet=_placed(unet(base, image), device, dtype),
+        vae=_placed(image.vae, device, dtype),
+        text_encoder=image.text_encoder.to(device, dtype).eval().requires_grad_(False),
+        tokenizer=image.tokenizer,
         schedule=Schedule.from_config(base.configs["scheduler"]),
     )
 
 
-def _vae(base: Base) -> AutoencoderKL:
-    folder = base.path / "vae"
-    vae = _empty(AutoencoderKL, base.configs["vae"], folder)
-    old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
-    tensors = weights.read(base.files["vae"])
-    _load_strictly(vae, {old.sub(lambda found: _OLD_NAMES[found[0]], name): x for name, x in tensors.items()}, folder)
-    return vae
-
-
-def _text_encoder(base: Base, dtype: torch.dtype) -> CLIPTextModel:
-    folder = base.path / "text_encoder"
-    try:
-        config = CLIPTextConfig.from_dict(configuration.text_config(base.configs["text_encoder"]))
-        with torch.device("meta"):
-            CLIPTextModel(config)
-    except InputError:
-        raise
-    except Exception as error:  # of as many kinds as there are ways to be wrong
-        raise InputError(f"{folder / 'config.json'} describes no text encoder: {first_line(error)}") from None
-    model, found = CLIPTextModel.from_pretrained(  # nosec B615  # of tensors that were read
-        None,
-        config=config,
-        state_dict=weights.read(base.files["text_encoder"]),
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # they are refused below
-        output_loading_info=True,
-    )
-    for fault in ("missing", "mismatched"):
-        if names := [name if isinstance(name, str) else name[0] for name in found[f"{fault}_keys"]]:
-            raise InputError(f"{folder}: weights do not fit the configuration ({fault} {sorted(names)[:1]}, …)")
-    return model
-
-
-def load_tokenizer(base: Base) -> CLIPTokenizer:
-    """The tokenizer, told how many tokens the text encoder reads where it allows more, or says nothing.
-
-    Raises InputError where it is missing or of another model.
-    """
-    folder, text = base.path / "tokenizer", configuration.text_config(base.configs["text_encoder"])
-    names = [file.name for file in folder.iterdir()]
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= {*names}:
-        raise InputError(f"{folder} holds neither tokenizer.json nor vocab.json and merges.txt")
-    for name in names:
-        if name.endswith((".json", ".txt")):
-            refuse_pointer(folder / name)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)  # nosec B615  # a folder
-    except Exception as error:
-        raise InputError(f"{folder} holds no CLIP tokenizer: {first_line(error)}") from None
-    if len(tokenizer) > (known := text.get("vocab_size", 49408)):
-        raise InputError(
-            f"{base.path}: tokenizer and text encoder do not belong together: {len(tokenizer)} tokens, "
-            f"vocab_size = {known}"
-        )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.get("max_position_embeddings", 77))
-    return tokenizer
-
-
 def tokenize(tokenizer: CLIPTokenizer, prompts: str | Sequence[str]) -> Tensor:
     """Prompts → token ids (prompts, tokens), padded; raises InputError naming words beyond the length."""
-    prompts, length = list(texts("prompts", prompts)), tokenizer.model_max_length
+    prompts = [spelt_out(tokenizer.backend_tokenizer, prompt) for prompt in texts("prompts", prompts)]
+    length = tokenizer.model_max_length
     for prompt in prompts:
         ids = tokenizer(prompt, truncation=False).input_ids
         if len(ids) > length:

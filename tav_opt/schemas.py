@@ -30,10 +30,24 @@ class Manifest(_Checked):
     files: Files = {}
 
 
+Place = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+"""A path, or a hub id."""
+
+
+class _Additions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    single_files: Place | None = Field(default=None, alias="model_config")
+    loras: list[Place] = []
+    embeddings: list[Place] = []
+    vae: Place | None = None
+
+
 class ClipDescription(Manifest):
     """Of a checkpoint, and of an exported clip."""
 
-    base: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    base: Place
+    additions: _Additions = _Additions()
     base_hash: Hash
     prompt: Text
     frames: Count

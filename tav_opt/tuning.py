@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +12,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tav_opt import checkpoint, ddim, editing, inversion, models, plots, tuning_state, video
+from tav_opt import checkpoint, ddim, editing, inversion, models, plots, tuning_loop, tuning_state, video
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.command import Interrupted
-from tav_opt.config import ClipConfig, EditConfig, InputError, PathLike, TrainConfig, check_numbers, check_text
+from tav_opt.config import (
+    BaseConfig,
+    ClipConfig,
+    EditConfig,
+    InputError,
+    PathLike,
+    TrainConfig,
+)
 from tav_opt.contract import ClipInfo
 from tav_opt.device import dtype_on, usable_device
 from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.files import DESCRIPTION, check_place
 from tav_opt.memory import eager
 from tav_opt.models import StableDiffusion
-from tav_opt.tuning_step import Training, begin, restore, seeded_draw, state_of, train_step
+from tav_opt.tuning_step import Training, begin, seeded_draw, train_step
 from tav_opt.unet import clip_value_names
 from tav_opt.video import Clip, contact_sheet
 
@@ -34,43 +38,13 @@ OnStep = Callable[[Stage, int, int, float], object]
 """Called with the stage, the steps done, the steps of the stage, and the last loss."""
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """On CUDA some operators add in no fixed order unless told to, or have no other way: an error; on CPU ours all do.
-
-    cuBLAS reads its variable when it starts, with the first product on a GPU; what the user has set stays.
-    """
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings: Any = torch.utils.deterministic  # type: ignore[attr-defined]
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, settings.fill_uninitialized_memory = (
-        settings.fill_uninitialized_memory,
-        False,
-    )  # one more write of everything
-    torch.use_deterministic_algorithms(torch.cuda.is_available())
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = filled
-
-
 def check(config: TrainConfig, prompt: str) -> None:
     """Raises InputError for settings that no run can follow, naming the value."""
-    if not prompt.strip():
-        raise InputError("prompt '' is empty: say what the clip shows")
-    for text in (prompt, *config.preview_prompts):
-        check_text("prompt", text)
-    check_numbers(config)
-    if config.warmup > config.steps:
-        raise InputError(f"warmup {config.warmup} is more than the {config.steps} steps")
-    if config.preview_every and not config.preview_prompts:
-        raise InputError(f"preview_every {config.preview_every} needs preview_prompts")
+    tuning_loop.check(config, prompt, "the clip shows")
 
 
 def tune(
-    model: PathLike,
+    model: PathLike | BaseConfig,
     clip: Clip,
     prompt: str,
     config: TrainConfig,
@@ -82,7 +56,7 @@ def tune(
     edit: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> Checkpoint:
-    """Tunes a Stable Diffusion model on a clip and its caption, inverts the clip with it, writes the checkpoint `out`.
+    """Tunes a Stable Diffusion on a clip and its caption, inverts the clip with it, writes the checkpoint `out`.
 
     `dtype` is what the networks compute in, the device's own unless given (device.dtype_on); what trains has float32
     masters in any case, and they are what the checkpoint keeps. `source` is kept as a note
@@ -94,10 +68,10 @@ def tune(
     Raises InputError for bad settings or input, too little memory, a full disk, a folder that holds a finished
     checkpoint, or a stopped run of other settings.
     """
-    model, out = os.fspath(model), Path(out)
+    out = Path(out)
     check(config, prompt)
     check_out(out)
-    with tuning_state.claim(out), _resumable(out), deterministic():
+    with tuning_loop.running(out):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # attn_temp starts at random where the base is an image model
             place = usable_device(device)
@@ -110,14 +84,9 @@ def tune(
         config = eager.fit_tuning(sd, config, frames, height, width)
         settings = _settings(sd, clip, prompt, config)
         training = begin(sd.unet, config)
-        # With a constant rate no step depends on how many follow.
-        if state := tuning_state.load(out, settings, free=("steps",) if config.schedule == "constant" else ()):
-            restore(training, *state)
-        finished = _finished_steps(out) == config.steps
-        if training.step > config.steps or (finished and state and state[1].get("kept")):
-            raise InputError(f"{out} holds a run of {training.step} steps: give more --steps, or choose another --out")
+        finished = tuning_loop.resume(training, out, settings, config, _finished_steps(out))
         if not finished:  # else it was killed between its last two acts
-            info = _info(model, settings, clip, dict(edit or {}))
+            info = _info(model, sd, settings, clip, dict(edit or {}))
             run = _Run.encoded(sd, info, clip, config, out, on_step or (lambda *_: None))
             run.train(training, settings)
             run.finish(training, settings | ({} if source is None else {"source": asdict(source)}))
@@ -142,22 +111,9 @@ def _finished_steps(out: Path) -> int | None:
     return None if found is None else found.settings.get("steps")
 
 
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Adds to an interruption what the run has kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if (steps := tuning_state.saved_steps(out)) is None:
-            raise
-        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        text = f"interrupted: {out} keeps the state after step {steps}, from which the same command goes on"
-        raise Interrupted(number, text) from None
-
-
 def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig) -> dict[str, Any]:
     """All that the resulting weights depend on: a stopped run goes on only under the same."""
-    passing = {"preview_every", "preview_prompts", "save_every", "keep_state"}
+    passing = {*tuning_loop.PASSING}
     if not config.inversion_iterations:
         passing.add("inversion_iterations")  # of which states of before say nothing
     return {
@@ -178,10 +134,14 @@ class _Tuning(TorchEngine):
         return super().predict(latents, timestep, text).float()
 
 
-def _info(model: str, settings: dict[str, Any], clip: Clip, edit: dict[str, Any]) -> ClipInfo:
+def _info(
+    model: PathLike | BaseConfig, sd: StableDiffusion, settings: dict[str, Any], clip: Clip, edit: dict[str, Any]
+) -> ClipInfo:
     frames, height, width, _ = clip.frames.shape
+    name = model.model if isinstance(model, BaseConfig) else os.fspath(model)
     return ClipInfo(
-        base=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        base=str(Path(name).resolve()) if Path(name).exists() else name,
+        additions=sd.base.additions,
         base_hash=settings["base"],
         prompt=settings["prompt"],
         frames=frames,
@@ -219,32 +179,21 @@ class _Run:
         return cls(engine=engine, clip=clip, config=config, out=out, on_step=on_step, text=text[:1], empty=text[1:2])
 
     def train(self, training: Training, settings: dict[str, Any]) -> None:
-        """The remaining steps, with states and previews on the way; the last state is that of the last step."""
+        """The remaining steps."""
         config, schedule, unet = self.config, self.engine.schedule, self.engine.sd.unet
         latents = self.engine.source_latents
         draw = seeded_draw(config.seed, latents, schedule)
-        saved = training.step
+        tuning_loop.train(
+            training,
+            config,
+            self.out,
+            settings,
+            lambda: train_step(training, unet, latents, self.text, schedule, config, draw),
+            lambda step, loss: self.on_step("tune", step, config.steps, loss),
+            self.preview,
+        )
 
-        def save() -> None:
-            nonlocal saved
-            tensors, extra = state_of(training)
-            tuning_state.save(self.out, tensors, extra | {"kept": config.keep_state}, settings)
-            saved = training.step
-
-        with tuning_state.interruptible() as interrupted:
-            while training.step < config.steps and not interrupted():
-                loss = train_step(training, unet, latents, self.text, schedule, config, draw)
-                step = training.step
-                if step % config.save_every == 0 or step == config.steps:
-                    save()
-                self.on_step("tune", step, config.steps, loss)
-                if config.preview_every and step % config.preview_every == 0:
-                    with suppress(ddim.Stopped):
-                        self.preview(step, interrupted)
-            if saved < training.step:
-                save()
-
-    def preview(self, step: int, interrupted: Callable[[], bool]) -> None:
+    def preview(self, step: int, interrupted: tuning_loop.Stop) -> None:
         """The edits that the model would make now, under the source, as `previews/step-….png`."""
 
         def go_on(*_: object) -> None:

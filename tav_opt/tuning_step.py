@@ -6,16 +6,19 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tav_opt.config import InputError, TrainConfig
+from tav_opt.config import InputError, OptimiserConfig, TrainConfig
 from tav_opt.ddim import Schedule
 from tav_opt.unet import VideoUNet, trained_names
 
+Frozen: TypeAlias = VideoUNet | UNet2DConditionModel
+"""A UNet of whose weights some train."""
 Draw = Callable[[int, int], tuple[Tensor, Tensor]]
 """`draw(step, micro_step) -> noise (b,c,f,h,w), timesteps (b,)`: always the same for the same numbers."""
 
@@ -68,18 +71,24 @@ def begin(unet: VideoUNet, config: TrainConfig) -> Training:
     dtype = compute_dtype(unet, config)
     unet.requires_grad_(False)
     own = dict(unet.named_parameters())
-    chosen = {name: own[name] for name in trained_names(unet, config.trainable)}
-    halves = {} if dtype == torch.float32 else chosen
-    trained = {name: nn.Parameter(half.data.float()) for name, half in halves.items()} or chosen
-    unet.to(dtype)  # after the masters have been taken
-    for parameter in chosen.values():
-        parameter.requires_grad_()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    return begin_with({name: own[name] for name in trained_names(unet, config.trainable)}, unet, dtype, config)
+
+
+def begin_with(
+    chosen: dict[str, nn.Parameter], module: nn.Module, dtype: torch.dtype, config: OptimiserConfig
+) -> Training:
+    """Training of these parameters of a module, which is to compute in a dtype: in half precision beside masters."""
+    halves = {} if dtype == torch.float32 else chosen
+    trained = {name: nn.Parameter(half.data.float()) for name, half in halves.items()} or chosen
+    module.to(dtype)  # after the masters have been taken
+    for parameter in chosen.values():
+        parameter.requires_grad_()
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps, fused=True
     )
-    scaler = torch.amp.GradScaler(unet.device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(next(iter(chosen.values())).device.type, enabled=dtype == torch.float16)
     return Training(trained, optimizer, scaler, [], halves)
 
 
@@ -96,12 +105,23 @@ def train_step(
 
     latents (b,c,f,h,w), text (b,tokens,width). Raises InputError when the loss is no number.
     """
+
+    def loss(micro: int) -> Tensor:
+        return denoising_loss(unet, latents, text, schedule, *draw(training.step, micro))
+
+    return optimise(training, config, loss)
+
+
+def optimise(training: Training, config: OptimiserConfig, loss_of: Callable[[int], Tensor]) -> float:
+    """One optimiser step over the losses of `config.accumulation` micro-steps → their mean, also kept.
+
+    Raises InputError when the loss is no number.
+    """
     for group in training.optimizer.param_groups:
         group["lr"] = config.lr * lr_factor(config, training.step)
     total = 0.0
     for micro in range(config.accumulation):
-        noise, timesteps = draw(training.step, micro)
-        loss = denoising_loss(unet, latents, text, schedule, noise, timesteps) / config.accumulation
+        loss = loss_of(micro) / config.accumulation
         training.scaler.scale(loss).backward()
         training.gather()
         total += loss.item()
@@ -118,11 +138,19 @@ def train_step(
 
 
 def denoising_loss(
-    unet: VideoUNet, latents: Tensor, text: Tensor, schedule: Schedule, noise: Tensor, timesteps: Tensor
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    latents: Tensor,
+    text: Tensor,
+    schedule: Schedule,
+    noise: Tensor,
+    timesteps: Tensor,
 ) -> Tensor:
-    """Mean squared error of the predicted noise, or v (paper equation 2; Salimans & Ho 2022)."""
+    """Mean squared error of the predicted noise, or v (paper equation 2; Salimans & Ho 2022).
+
+    Of clips (b,c,f,h,w) or pictures (b,c,h,w), as the UNet takes them.
+    """
     alphas = torch.tensor(schedule.alphas_cumprod, device=latents.device)[timesteps]
-    a, s = (x.view(-1, 1, 1, 1, 1) for x in (alphas**0.5, (1 - alphas) ** 0.5))
+    a, s = (x.view(-1, *[1] * (latents.ndim - 1)) for x in (alphas**0.5, (1 - alphas) ** 0.5))
     target = noise if schedule.prediction_type == "epsilon" else a * noise - s * latents
     return F.mse_loss(unet(a * latents + s * noise, timesteps, text).float(), target)
 
@@ -140,7 +168,7 @@ def seeded_draw(seed: int, latents: Tensor, schedule: Schedule) -> Draw:
     return draw
 
 
-def lr_factor(config: TrainConfig, step: int) -> float:
+def lr_factor(config: OptimiserConfig, step: int) -> float:
     """The part of the learning rate that holds at a step (from 0): warm-up, then constant, linear or cosine decay."""
     if step < config.warmup:
         return step / config.warmup
@@ -154,7 +182,7 @@ def lr_factor(config: TrainConfig, step: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def compute_dtype(unet: VideoUNet, config: TrainConfig) -> torch.dtype:
+def compute_dtype(unet: Frozen, config: OptimiserConfig) -> torch.dtype:
     """What the UNet computes in while it is tuned: the half precision that is asked for, else its own dtype."""
     return _HALF.get(config.autocast, unet.conv_in.weight.dtype)
 

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import owned
 import pytest
 import supervised
+import torch
 from exported import FRAMES, SIDE
+from safetensors.torch import save_file
 from suites import entry, settings, written
 
 import tav_opt
@@ -42,6 +45,8 @@ SUBSTITUTED = {
     'prompts=("a panda is skiing",))': 'prompts=("a panda is skiing",), steps=2)',
     'edit(engine, "a panda is skiing")': 'edit(engine, EditConfig(prompts="a panda is skiing", steps=2))',
     "count=24, height=512, width=512": "count=4, height=64, width=64",
+    "tav-opt personalise": "tav-opt personalise --steps 2 --class-images 2 --draw-steps 2 --device cpu",
+    "a photo of": "a",
     "tav-opt edit": "tav-opt edit --steps 2",
     "spider man is skiing on the beach": "a man is skiing",
     "tav-opt request": "tav-opt request --url localhost:{grpc} --steps 2",
@@ -63,6 +68,7 @@ NOT_RUN = {
     "perf_analyzer -m tune_a_video -u localhost:8001 -i grpc --input-data examples/perf_analyzer.json "
     "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
+    "tav-opt export on-own/ --name own": "a minute, of a base of its own; test_additions.py runs it",
 }
 """Lines that cannot run here, and why."""
 
@@ -290,11 +296,38 @@ def read_as_a_suite(world: World) -> None:
     assert len(found.methods) == 7 and found.videos[0].clip.stride == 1 and found.methods[2].edit.guidance_scale == 7.5
 
 
+def of_ones_own(world: World) -> None:
+    """What the page takes for granted is written first, by the programs of those who have it."""
+    sd, folder = Path(world.places["model"]), world.folder
+    pipeline = owned.pipeline(sd)
+    for name in ("sd15", "vae"):
+        shutil.copytree(sd if name == "sd15" else sd / "vae", folder / name, dirs_exist_ok=True)
+    save_file(owned.single_file(pipeline), folder / "own.safetensors")
+    torch.save({"*": torch.ones(2, 32)}, folder / "cat.pt")
+    networks = {part: owned.lora_network(owned.pipeline(sd), part) for part in ("unet", "text_encoder")}
+    owned.of_kohya(networks, folder / "style.safetensors")
+    owned.of_peft(networks["unet"], folder / "hat")
+    world.shell(BLOCKS["bases.md: Bases of your own, sh 1"])
+    assert frames_of(folder / "own.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
+def personalised(world: World) -> None:
+    for number in range(3):
+        picture = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        video.write_png(world.folder / "pictures" / f"{number}.png", picture)
+    world.shell(BLOCKS["bases.md: A subject of your own, sh 1"])
+    assert (world.folder / "sks" / "model_index.json").is_file()
+    assert tav_opt.load(world.folder / "on-sks").info.additions["loras"]
+
+
 CHECKS = {
     FIRST: daily_use,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
     "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,
+    "bases.md: Bases of your own, sh 1": of_ones_own,
+    "bases.md: Bases of your own, python 1": edited("bases.md: Bases of your own, python 1", "frames"),
+    "bases.md: A subject of your own, sh 1": personalised,
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,

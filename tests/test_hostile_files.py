@@ -79,6 +79,10 @@ LIES: dict[str, dict[str, Any]] = {
     "a file elsewhere": {"files": {"../tuned/values.safetensors": "0" * 64}},
     "a hash of a number": {"files": {"values.safetensors": 7}},
     "settings of a list": {"settings": []},
+    "an addition of another name": {"additions": {"lora": ["x"]}},
+    "additions of a list": {"additions": ["x"]},
+    "LoRAs that are no texts": {"additions": {"loras": [5]}},
+    "a VAE of numbers": {"additions": {"vae": 7}},
 }
 
 

@@ -88,7 +88,7 @@ def test_repositories_of_other_kinds_are_refused_before_anything_is_fetched(hub,
         models.resolve("owner/sd")
     (hub.root / "single").mkdir()
     (hub.root / "single" / "v1-5.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"owner/single lacks unet/.*v1-5\.safetensors is a single file"):
+    with pytest.raises(InputError, match=r"owner/single lacks unet/.*v1-5\.safetensors in it seems to be a single"):
         models.resolve("owner/single")
     assert not hub.fetched
 

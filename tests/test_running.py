@@ -20,6 +20,7 @@ from tav_opt.cli.edit import Edit
 from tav_opt.cli.evaluate import Evaluate
 from tav_opt.cli.info import Info
 from tav_opt.cli.metrics import Metrics
+from tav_opt.cli.personalise import Personalise
 from tav_opt.cli.probe import Probe
 from tav_opt.cli.push import Push
 from tav_opt.cli.request import Request
@@ -34,6 +35,7 @@ from tav_opt.serving.host.serve_config import ServeConfig
 
 SETTINGS = {
     "tune": Tune,
+    "personalise": Personalise,
     "edit": Edit,
     "request": Request,
     "serve": ServeConfig,
@@ -53,6 +55,7 @@ SETTINGS = {
 """What each command line is read into."""
 GIVEN = {
     "tune": "--model nowhere --prompt x --video absent.mp4 --out ckpt",
+    "personalise": "--model nowhere --prompt x --images absent --out personal",
     "edit": "unread --prompt x --out e.mp4",
     "request": "--url localhost:9 --attempts 1 --clip x --prompt x --out e.mp4",
     "serve": "--repository repository --grpc-port 0 --http-port 0 --metrics-port 0",

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from tav_opt import checkpoint, ddim, models, tuning, tuning_state, tuning_step
+from tav_opt import checkpoint, ddim, models, tuning, tuning_loop, tuning_state, tuning_step
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.ddim import Schedule
 from tav_opt.files import read_json
@@ -269,7 +269,7 @@ def test_determinism_is_strict_on_gpus_and_ends_with_tuning(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = settings.fill_uninitialized_memory
-    with tuning.deterministic():
+    with tuning_loop.deterministic():
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not settings.fill_uninitialized_memory and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

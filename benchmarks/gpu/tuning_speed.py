@@ -22,7 +22,7 @@ from tav_opt import models
 from tav_opt.config import TrainConfig, first_line
 from tav_opt.ddim import Schedule
 from tav_opt.models import StableDiffusion
-from tav_opt.tuning import deterministic
+from tav_opt.tuning_loop import deterministic
 from tav_opt.tuning_step import Draw, Training, begin, denoising_loss, seeded_draw, train_step
 
 WARM_UP, MEASURED = 5, 20

@@ -12,7 +12,9 @@ from tav_opt.files import DESCRIPTION, read_object
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHED = PARTS[:3]
 """Parts that have weights."""
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+SINGLE_FILES = (".safetensors", ".ckpt")
+OTHER_FILES = (".pt", ".pth", ".bin", ".gguf")
+"""Of weights, which are no single-file checkpoints that can be read."""
 
 _WANTED = "Stable Diffusion 1.x and 2.x are what can be tuned"
 _OTHERS = {
@@ -41,11 +43,14 @@ _BLOCKS = {
 }
 
 
-def check(path: Path) -> dict[str, dict[str, Any]]:
-    """The configurations by part; raises InputError unless it is such a model and its parts belong together."""
+def check(path: Path, vae: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The configurations by part; raises InputError unless it is such a model and its parts belong together.
+
+    `vae`: the folder of one that takes the place of the model's own.
+    """
     found = (*path.glob("*"), *path.glob("*/*"))
     check_parts({file.relative_to(path).as_posix() for file in found}, path)
-    return check_configs(path)
+    return check_configs(path, vae)
 
 
 def check_parts(names: Collection[str], model: str | Path) -> None:
@@ -73,25 +78,18 @@ def _hint(names: Collection[str], part: str) -> str:
     if "config.json" in top:
         return "; this is one part alone: give the folder that holds all of them"
     if single := next((name for name in sorted(top) if name.endswith(SINGLE_FILES)), None):
-        return f"; {convert(single)}"
+        return f"; {single} in it seems to be a single-file checkpoint: give the file itself"
     return ""
 
 
-def convert(file: str) -> str:
-    """How a single file becomes a directory."""
-    return (
-        f"{file} is a single file, which is not read: have diffusers make a directory of it, "
-        f"StableDiffusionPipeline.from_single_file({file!r}).save_pretrained(FOLDER)"
-    )
-
-
-def check_configs(path: Path) -> dict[str, dict[str, Any]]:
+def check_configs(path: Path, other_vae: Path | None = None) -> dict[str, dict[str, Any]]:
     """The configurations by part; raises InputError when they are of another kind of model, or of several models."""
-    configs = {part: read_object(path / part / "config.json") for part in WEIGHED}
+    folders = {part: path / part for part in WEIGHED} | ({} if other_vae is None else {"vae": other_vae})
+    configs = {part: read_object(folder / "config.json") for part, folder in folders.items()}
     configs["scheduler"] = read_object(path / "scheduler" / "scheduler_config.json")
     unet, vae, text = (configs[part] for part in WEIGHED)
     check_unet(unet, path / "unet" / "config.json")
-    _check_vae(vae, path / "vae" / "config.json")
+    _check_vae(vae, folders["vae"] / "config.json")
     kind = text.get("model_type", "clip_text_model")
     if kind not in ("clip_text_model", "clip"):
         raise InputError(f"{path / 'text_encoder'}: model_type = {kind!r} is no CLIP text encoder; {_WANTED}")
@@ -150,6 +148,22 @@ def _check_vae(config: Mapping[str, Any], where: Path) -> None:
     factor = config.get("scaling_factor", 1)
     if not isinstance(factor, int | float) or not factor > 0:
         raise InputError(f"{where}: scaling_factor = {factor!r} is not a positive number")
+
+
+def is_reference_unet(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet's configuration is of one that the reference implementation saved."""
+    return config.get("_class_name") == "UNet3DConditionModel"
+
+
+def image_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the image UNet that the reference inflated: block names say 2D, not 3D."""
+
+    def flat(value: Any) -> Any:
+        if isinstance(value, list):
+            return [flat(item) for item in value]
+        return value.replace("3D", "2D") if isinstance(value, str) else value
+
+    return {key: flat(value) for key, value in config.items()}
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

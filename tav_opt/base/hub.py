@@ -29,15 +29,31 @@ def fetch(hub_id: str) -> Path:
     if DESCRIPTION in sizes and "unet/config.json" not in sizes:
         base = read_object(_fetched(hub_id, [DESCRIPTION]) / DESCRIPTION).get("base")
         raise InputError(f"model {hub_id!r} is a tuned clip, not a base model: it was tuned on {str(base)[:200]!r}")
-    configuration.check_parts(sizes, hub_id)
-    described = [
-        name for name in sizes if name.split("/")[0] in configuration.PARTS and name.endswith((".json", ".txt"))
-    ]
-    folder = _fetched(hub_id, described)
-    configuration.check_configs(folder)
+    described, folder = _configured(hub_id, sizes)
     needed = [file for part in configuration.WEIGHED for file in _weights(hub_id, folder, part, sizes)]
     _announce(f"model {hub_id}", hub_id, {file: sizes[file] for file in needed})
     return _fetched(hub_id, [*described, *needed])
+
+
+def fetch_configurations(hub_id: str) -> Path:
+    """The local snapshot of a Stable Diffusion's configurations and tokenizer, without weights; raises InputError.
+
+    What is in the cache is not fetched again, and serves where the hub does not answer.
+    """
+    try:
+        sizes = _listed(hub_id)
+    except Exception as error:
+        return _cached(hub_id, (), error)
+    return _configured(hub_id, sizes)[1]
+
+
+def _configured(hub_id: str, names: Collection[str]) -> tuple[list[str], Path]:
+    """The files that say what a Stable Diffusion is, and the snapshot that holds them."""
+    configuration.check_parts(names, hub_id)
+    found = [name for name in names if name.split("/")[0] in configuration.PARTS and name.endswith((".json", ".txt"))]
+    folder = _fetched(hub_id, found)
+    configuration.check_configs(folder)
+    return found, folder
 
 
 def fetch_network(hub_id: str) -> Path:

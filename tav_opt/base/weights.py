@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -86,9 +87,7 @@ def read(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix != ".json":
-            found = load_tensors(file)
-            check_finite(found, file)
-            tensors |= found
+            tensors |= load_finite(file)
     return tensors
 
 
@@ -98,9 +97,39 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
     Raises InputError when the file is corrupt or holds anything else.
     """
     path = Path(path)
+    tensors = load_any(path)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{path} is not a dictionary of tensors")
+    return tensors
+
+
+def load_finite(path: Path) -> dict[str, Tensor]:
+    """As `load_tensors`; raises InputError for values that are no numbers too."""
+    tensors = load_tensors(path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def load_single(path: Path) -> dict[str, Tensor]:
+    """The tensors of a single-file checkpoint, which trainers save beside what they noted of the training."""
+    found = load_any(path)
+    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a dictionary of tensors")
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    check_finite(tensors, path)
+    return tensors
+
+
+def load_any(path: Path) -> Any:
+    """What a file of tensors holds, be it nested; nothing but tensors, numbers and texts is unpickled.
+
+    Raises InputError when the file is corrupt or holds anything else.
+    """
     _check_head(path)
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        return load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except SafetensorError as error:
         raise InputError(f"{path} is corrupt or cut short: {error}") from None
     except pickle.UnpicklingError as error:  # whose advice is to unpickle all the same
@@ -109,12 +138,9 @@ def load_tensors(path: PathLike) -> dict[str, Tensor]:
         raise InputError(f"{path} {what}, and nothing else is ever unpickled: have it saved as safetensors") from None
     except Exception:  # of many kinds, and advice to unpickle among them
         raise InputError(f"{path} is corrupt, or no file of tensors that PyTorch saved: fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path} is not a dictionary of tensors")
-    return tensors
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def _unpickled(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of archives that are then refused
         return torch.load(path, map_location="cpu", weights_only=True)

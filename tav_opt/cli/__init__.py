@@ -6,10 +6,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tav_opt import command
-from tav_opt.cli import clips, demo, edit, evaluate, export, info, metrics, probe, push, request, serve, tune
+from tav_opt.cli import (
+    clips,
+    demo,
+    edit,
+    evaluate,
+    export,
+    info,
+    metrics,
+    personalise,
+    probe,
+    push,
+    request,
+    serve,
+    tune,
+)
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo.run,
+    "personalise": personalise.run,
     "tune": tune.run,
     "edit": edit.run,
     "metrics": metrics.run,
@@ -35,7 +50,7 @@ def _command(arguments: Sequence[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: tav-opt COMMAND …   (tav-opt COMMAND --help tells more)\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:9}{function.__doc__}")
+            print(f"  {name:13}{function.__doc__}")
         print(f"\n{command.DEBUG_HELP}")
         return 0
     if arguments[0] == "--version":

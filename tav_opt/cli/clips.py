@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from tav_opt.base.options import AddedOptions, moved
 from tav_opt.command import printable
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class AddClip:
     name: str | None = None
     """The clip's name there (the checkpoint folder's)."""
     base: str | None = None
-    """The base model, where it has moved."""
+    """The base model, where it has moved; so are the next four what was added to it."""
+    additions: OmitArgPrefixes[AddedOptions] = field(default_factory=AddedOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
         case AddClip():
             from tav_opt.export.exporting import add
 
-            added = add(args.checkpoint, args.repository, name=args.name, base=args.base)
+            added = add(args.checkpoint, args.repository, name=args.name, base=moved(args.base, args.additions))
             how = "with the graphs of its base" if added.graphs else "its base was there"
             print(f"{_described(added.clip)}\nadded in {added.seconds:.1f} s, {how}")
         case PullClips():

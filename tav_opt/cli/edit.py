@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from tav_opt import progress
+from tav_opt.base.options import AddedOptions, moved
 from tav_opt.cli.common import (
     Dtype,
     Guidance,
@@ -47,7 +48,8 @@ class Edit(EditConfig):
     prompt_metadata: bool = False
     """Write the prompts into the files, beside the other settings."""
     base: str | None = None
-    """The base model, where it has moved."""
+    """The base model, where it has moved; so are the next four what was added to it."""
+    additions: OmitArgPrefixes[AddedOptions] = field(default_factory=AddedOptions)
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
     dtype: Dtype = "auto"
@@ -73,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
     dtype = getattr(torch, args.dtype, None)
-    engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=args.base)
+    engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=moved(args.base, args.additions))
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
     args = engine.info.edited(args, given, args.preset)

@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tav_opt import progress
+from tav_opt.base.options import BaseOptions
 from tav_opt.cli.common import Dtype, listed, mention_weights
 from tav_opt.config import ClipConfig, TrainConfig, check_numbers
 
@@ -26,8 +27,7 @@ class Tune:
 
     config: Path | None = None
     """YAML file: one of the reference's. The command line comes before it."""
-    model: str
-    """Stable Diffusion directory or hub id."""
+    base: OmitArgPrefixes[BaseOptions]
     prompt: str
     """What the clip shows."""
     out: Path = Path("ckpt")
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> None:
     clip = video.read(args.clip)
     with progress.shown(first=f"tav-opt tune: on {told(device, dtype)}") as on_progress:
         tuning.tune(
-            args.model,
+            args.base,
             clip,
             args.prompt,
             args.train,
@@ -101,5 +101,10 @@ def _of_yaml(path: Path) -> tuple[RunConfig, Tune]:
 
     found = read_reference_config(path)
     return found, Tune(
-        config=path, model=found.model, prompt=found.prompt, out=found.out, clip=found.clip, train=found.train
+        config=path,
+        base=BaseOptions(model=found.model),
+        prompt=found.prompt,
+        out=found.out,
+        clip=found.clip,
+        train=found.train,
     )

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tav_opt import checkpoint
+from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import EngineName, InputError, texts
@@ -91,7 +92,8 @@ class ExportedBase:
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """→ ids (prompts, tokens), padded; raises InputError naming the words beyond the tokenizer's length."""
-        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(texts("prompts", prompts))]
+        given = [spelt_out(self.tokenizer, prompt) for prompt in texts("prompts", prompts)]
+        encoded = [encoding.ids for encoding in self.tokenizer.encode_batch(given)]
         for ids in encoded:
             if len(ids) > self.tokens:
                 # CLIP's pieces end words with </w>, which the tokenizers library leaves in.

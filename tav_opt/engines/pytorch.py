@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tav_opt import checkpoint, models
-from tav_opt.base.directory import Base, checked_base
+from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.config import EngineName, InputError, PathLike
+from tav_opt.config import Additions, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Timestep
 from tav_opt.device import usable_device
@@ -107,12 +107,17 @@ class TorchEngine:
         return models.decode_video(self.sd, latents)
 
 
+def base_of(info: ClipInfo, moved: PathLike | Additions | None = None) -> Base:
+    """A clip's base model where it was, or has moved; raises InputError when its content is not what was tuned on."""
+    return recorded_base(info.base, info.additions, moved, info.base_hash)
+
+
 def open_checkpoint(
     folder: PathLike | ClipFolder,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    base: PathLike | None = None,
+    base: PathLike | Additions | None = None,
 ) -> TorchEngine:
     """Loads a checkpoint and its base (`base` where it has moved).
 
@@ -120,7 +125,7 @@ def open_checkpoint(
     """
     place = usable_device(device)
     tuned = checkpoint.load(folder)
-    sd = models.load(checked_base(base or tuned.info.base, tuned.info.base_hash), dtype=dtype, device=place)
+    sd = models.load(base_of(tuned.info, base), dtype=dtype, device=place)
     models.put_values(sd.unet, tuned.values)
     _check_latents(sd, tuned)
     eager.check_editing(sd, tuned.info.frames, tuned.info.height, tuned.info.width)
@@ -147,7 +152,7 @@ class ModelOfBase:
     _found: Base | None = None
 
     def _model(self, info: ClipInfo) -> Base:
-        self._found = self._found or checked_base(info.base, info.base_hash)
+        self._found = self._found or base_of(info)
         return self._found
 
     def why_not(self, _folder: Path, info: ClipInfo, _device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.config import EngineChoice, EngineName, InputError, PathLike
+from tav_opt.config import Additions, EngineChoice, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.device import dtype_on, usable_device
 from tav_opt.engines import Engine
@@ -150,13 +150,13 @@ def load(
     engine: EngineChoice = "auto",
     device: str = "auto",
     dtype: torch.dtype | None = None,
-    base: PathLike | None = None,
+    base: PathLike | Additions | None = None,
 ) -> Engine:
     """A tuned clip, ready to be edited: a checkpoint in eager PyTorch, an exported clip by the best engine.
 
-    `dtype` is a checkpoint's, the device's own unless given (device.dtype_on), `base` where its base model is now.
-    Raises InputError when something is missing, altered, or does not belong together, and for an engine that cannot
-    run it.
+    `dtype` is a checkpoint's, the device's own unless given (device.dtype_on), `base` where its base model is now: a
+    path, or config.Additions where what was added to it has moved. Raises InputError when something is missing,
+    altered, or does not belong together, and for an engine that cannot run it.
     """
     clip = ClipFolder.at(folder)
     if not clip.exported:
@@ -170,7 +170,8 @@ def load(
         place = usable_device(device)
         return open_checkpoint(clip, device=place, dtype=dtype_on(place, dtype), base=base)
     if base is not None:
-        raise InputError(f"base {base}: {clip.path} is an exported clip, whose base lies beside it")
+        said = ", ".join(base.given()) if isinstance(base, Additions) else f"base {base}"
+        raise InputError(f"{said}: {clip.path} is an exported clip, whose base lies beside it")
     home = base_of(clip.path)
     choice = choose(home, clip.info, usable_device(device), engine)
     return ExportedEngine.open(clip.path, open_base(home, clip.info, choice))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +12,10 @@ import tyro
 from tqdm import tqdm
 
 from tav_opt import command, progress
+from tav_opt.base.options import AddedOptions, moved
 from tav_opt.clip_folder import hub_id_of
 from tav_opt.config import (
+    Additions,
     ClipConfig,
     Count,
     DdimSteps,
@@ -59,7 +61,8 @@ class ExportConfig:
     where the GPU that engines are for is here, of each engine built once more with every layer given out. The engines'
     half was built, and never run so far."""
     base: str | None = None
-    """The base model, where it is no longer where the clip was tuned."""
+    """The base model, where it is no longer where the clip was tuned; so are the next four what was added to it."""
+    additions: tyro.conf.OmitArgPrefixes[AddedOptions] = field(default_factory=AddedOptions)
     prompt: str | None = None
     """Caption; only for a directory that the reference saved, as are all below."""
     video: Path | None = None
@@ -74,11 +77,15 @@ class ExportConfig:
     inversion_steps: DdimSteps = InversionConfig.steps
     inversion_iterations: Iterations = InversionConfig.iterations
 
+    def moved(self) -> Additions | None:
+        """Where the base is now, as far as that is given."""
+        return moved(self.base, self.additions)
+
     def source(self) -> ClipConfig | None:
         """The clip to read, if one is given."""
         if self.video is None:
             return None
-        return ClipConfig(**{field.name: getattr(self, field.name) for field in fields(ClipConfig)})
+        return ClipConfig(**{one.name: getattr(self, one.name) for one in fields(ClipConfig)})
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tav_opt.export") -> int:
@@ -109,7 +116,7 @@ def export(arguments: Sequence[str], prog: str) -> int:
                 config.checkpoint,
                 config.repository,
                 name=config.name,
-                base=config.base,
+                base=config.moved(),
                 source=config.source(),
                 prompt=config.prompt,
                 inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
@@ -130,13 +137,13 @@ def _beside(
 ) -> list[Path]:
     """What is made beside the graphs."""
     if plan is not None:
-        return _engines(plan, clip, config.base)
+        return _engines(plan, clip, config.moved())
     if config.target == "compiled":
         from tav_opt.export import compiled
 
         with progress.shown(leave=False) as on_progress:
             folder = compiled.export(
-                clip, base=config.base, on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
+                clip, base=config.moved(), on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
             )
         return [folder]
     if config.half:
@@ -144,7 +151,7 @@ def _beside(
 
         with progress.shown(leave=False) as on_progress:
             folder = half_graph.export(
-                clip, base=config.base, on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
+                clip, base=config.moved(), on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
             )
         return [folder]
     return []
@@ -171,7 +178,7 @@ def _plan(config: ExportConfig) -> build.Plan | None:
     )
 
 
-def _engines(plan: build.Plan, clip: Path, base: str | None) -> list[Path]:
+def _engines(plan: build.Plan, clip: Path, base: Additions | None) -> list[Path]:
     from tav_opt.export.tensorrt import build
 
     with progress.shown(leave=False) as on_progress:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tav_opt import checkpoint
-from tav_opt.config import InputError, OnProgress
+from tav_opt.config import Additions, InputError, OnProgress, PathLike
 from tav_opt.contract import VERSION
 from tav_opt.engines import compiled
 from tav_opt.engines.compiled import WEIGHTS
@@ -31,7 +31,7 @@ MOST_ROWS = 63
 def export(
     clip: Path,
     *,
-    base: str | None = None,
+    base: PathLike | Additions | None = None,
     device: torch.device | None = None,
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,

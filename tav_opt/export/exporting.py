@@ -15,13 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from tav_opt import checkpoint, models
-from tav_opt.base.directory import checked_base
 from tav_opt.checkpoint import LATENTS, VALUES, Checkpoint
-from tav_opt.config import ClipConfig, InputError, InversionConfig, OnProgress, PathLike
+from tav_opt.config import Additions, ClipConfig, InputError, InversionConfig, OnProgress, PathLike
 from tav_opt.contract import VERSION, check_clip_name
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
 from tav_opt.engines.onnxruntime import OnnxGraphs, load_onnxruntime
-from tav_opt.engines.pytorch import TorchEngine
+from tav_opt.engines.pytorch import TorchEngine, base_of
 from tav_opt.export import graphs, parity, reference_checkpoint, whole_edit
 from tav_opt.export.parity import OnGraph
 from tav_opt.export.whole_edit import OnEdit
@@ -40,7 +39,7 @@ def export(
     repository: PathLike,
     *,
     name: str | None = None,
-    base: PathLike | None = None,
+    base: PathLike | Additions | None = None,
     source: ClipConfig | None = None,
     prompt: str | None = None,
     inversion: InversionConfig = InversionConfig(),  # noqa: B008 — frozen
@@ -66,7 +65,8 @@ def export(
                 f"{checkpoint_dir} was saved by the reference, which keeps no clip: give --video and --prompt"
             )
         if base is not None:
-            raise InputError(f"--base {base}: {checkpoint_dir} is a whole model, and its own base")
+            given = ", ".join(base.given()) if isinstance(base, Additions) else f"--base {base}"
+            raise InputError(f"{given}: {checkpoint_dir} is a whole model, and its own base")
         tuned = reference_checkpoint.read(checkpoint_dir, source, prompt, inversion)
     else:
         if source is not None or prompt is not None:
@@ -91,7 +91,7 @@ class Added:
 
 
 def add(
-    checkpoint_dir: PathLike, repository: PathLike, *, name: str | None = None, base: PathLike | None = None
+    checkpoint_dir: PathLike, repository: PathLike, *, name: str | None = None, base: PathLike | Additions | None = None
 ) -> Added:
     """Exports a tuned clip and tells what that took; raises as `export` does."""
     before = set(version_folder(repository).glob("base/*"))
@@ -115,14 +115,14 @@ def _check_values(tuned: Checkpoint, exported: Path) -> None:
 def _write_base(
     tuned: Checkpoint,
     exported: Path,
-    base: PathLike | None,
+    base: PathLike | Additions | None,
     on_graph: OnGraph | None,
     on_edit: OnEdit | None,
     on_progress: OnProgress | None,
 ) -> None:
     load_onnxruntime()  # before a model is loaded and its first graph is written, which it then compares
     info = tuned.info
-    sd = models.load(checked_base(base or info.base, info.base_hash))
+    sd = models.load(base_of(info, base))
     values = {name: value.float() for name, value in tuned.values.items()}
     models.put_values(sd.unet, values)
     with whole(exported) as folder:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from tav_opt.checkpoint import VALUES, load_tensors
+from tav_opt.config import Additions, PathLike
 from tav_opt.engines import pytorch
 from tav_opt.engines.pytorch import ClipUNet, TextEncoder, TorchEngine, VaeDecoder, VaeEncoder, input_name
 from tav_opt.export.sparse_causal import OPSET, Body, append_body, translate
@@ -91,7 +92,7 @@ def _tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
     return TensorSpec(name=name, shape=shape, dtype=dtype)
 
 
-def of_clip(clip: Path, base: str | None = None) -> tuple[TorchEngine, list[Graph]]:
+def of_clip(clip: Path, base: PathLike | Additions | None = None) -> tuple[TorchEngine, list[Graph]]:
     """An exported clip in eager PyTorch, and its base's graphs traced with its values; `base`: where that is now."""
     eager = pytorch.open_checkpoint(clip, base=base)
     values = {name: value.float() for name, value in load_tensors(clip / VALUES).items()}

@@ -14,7 +14,7 @@ import onnx.inliner
 import torch
 from torch import Tensor
 
-from tav_opt.config import OnProgress
+from tav_opt.config import Additions, OnProgress, PathLike
 from tav_opt.contract import VERSION
 from tav_opt.engines import onnxruntime
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def export(
     clip: Path,
     *,
-    base: str | None = None,
+    base: PathLike | Additions | None = None,
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,
     on_progress: OnProgress | None = None,

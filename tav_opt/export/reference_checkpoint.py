@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tav_opt import checkpoint, inversion, models, video
+from tav_opt import inversion, models, video
+from tav_opt.base import configuration
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.config import ClipConfig, InputError, InversionConfig, TrainConfig
 from tav_opt.contract import ClipInfo
@@ -16,7 +17,7 @@ from tav_opt.unet import clip_value_names
 def is_reference(folder: Path) -> bool:
     """Whether the reference implementation saved this directory after tuning."""
     config = folder / "unet" / "config.json"
-    return config.is_file() and checkpoint.is_reference_unet(read_object(config))
+    return config.is_file() and configuration.is_reference_unet(read_object(config))
 
 
 def read(folder: Path, source: ClipConfig, prompt: str, inverting: InversionConfig) -> Checkpoint:

@@ -10,7 +10,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tav_opt.base import configuration
 from tav_opt.base.directory import Base
-from tav_opt.checkpoint import image_config, is_reference_unet
 from tav_opt.ddim import Schedule
 from tav_opt.models import StableDiffusion
 from tav_opt.unet import inflate
@@ -19,7 +18,7 @@ from tav_opt.unet import inflate
 def of(base: Base, dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """The parts as `models.load` would load them, but for the tokenizer; nothing can be computed with them."""
     config = base.configs["unet"]
-    config = image_config(config) if is_reference_unet(config) else config
+    config = configuration.image_config(config) if configuration.is_reference_unet(config) else config
     with torch.device("meta"):
         unet = inflate(UNet2DConditionModel.from_config(_settings(config)))
         vae = AutoencoderKL.from_config(_settings(base.configs["vae"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tav_opt import models
 from tav_opt.base.directory import Base
+from tav_opt.base.image_model import load_tokenizer
 from tav_opt.config import InputError, PathLike
 from tav_opt.device import dtype_on, usable_device
 from tav_opt.suite import planning, ray_workers, report_folder, results
@@ -85,7 +86,7 @@ def check(suite: Suite) -> None:
         raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")
     if all(method.kind == "folder" for method in suite.methods):
         return
-    tokenizer = models.load_tokenizer(Base.at(suite.model))
+    tokenizer = load_tokenizer(Base.at(suite.model))
     for video in suite.videos:
         for text in (video.caption or "", *(edit.prompt for edit in video.edits)):
             try:

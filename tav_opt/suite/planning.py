@@ -14,7 +14,6 @@ from diffusers.models.transformers import Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tav_opt import checkpoint
 from tav_opt.base import configuration
 from tav_opt.base.directory import Base
 from tav_opt.config import ClipConfig, InputError
@@ -194,15 +193,15 @@ class _Shapes:
 def _without_values(configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> StableDiffusion:
     """A Stable Diffusion of these shapes on torch's meta device."""
     unet_config = configs["unet"]
-    if checkpoint.is_reference_unet(unet_config):
-        unet_config = checkpoint.image_config(unet_config)
+    if configuration.is_reference_unet(unet_config):
+        unet_config = configuration.image_config(unet_config)
     parts = [{k: v for k, v in config.items() if not k.startswith("_")} for config in (unet_config, configs["vae"])]
     with torch.device("meta"):
         unet = inflate(cast(UNet2DConditionModel, UNet2DConditionModel.from_config(parts[0])))
         vae = cast(AutoencoderKL, AutoencoderKL.from_config(parts[1]))
         text = CLIPTextModel(CLIPTextConfig.from_dict(configuration.text_config(configs["text_encoder"])))
     none: Any = None
-    base = Base(path=none, configs={**configs})
+    base = Base(path=none, folder=none, configs={**configs})
     sd = StableDiffusion(base=base, unet=unet, vae=vae, text_encoder=text, tokenizer=none, schedule=none)
     for part in (sd.unet, sd.vae, sd.text_encoder):
         part.to(dtype)

@@ -16,7 +16,7 @@ import torch
 from onnx import ModelProto
 
 from tav_opt.checkpoint import VALUES, load_tensors
-from tav_opt.config import InputError, OnProgress
+from tav_opt.config import Additions, InputError, OnProgress, PathLike
 from tav_opt.contract import VERSION
 from tav_opt.engines import tensorrt, tensorrt_library
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
@@ -113,7 +113,7 @@ def export(
     plan: Plan,
     clip: Path,
     *,
-    base: str | None = None,
+    base: PathLike | Additions | None = None,
     say: Say = lambda line: None,
     on_progress: OnProgress | None = None,
 ) -> list[Path]:
