@@ -119,7 +119,7 @@ def stable_diffusion(device: torch.device, dtype: torch.dtype, *, small: bool = 
                 torch.nn.init.normal_(value, std=0.02)
     configs = {"unet": dict(made.unet.config), "vae": dict(made.vae.config), "scheduler": dict(SCHEDULER)}
     return StableDiffusion(
-        base=Base(Path("random"), configs),
+        base=Base(path=Path("random"), folder=Path("random"), configs=configs),
         unet=unet.to(device, dtype).eval().requires_grad_(False),
         vae=made.vae.to(device, dtype).eval().requires_grad_(False),
         text_encoder=made.text_encoder.to(device, dtype).eval().requires_grad_(False),
