@@ -217,7 +217,7 @@ def restore(training: Training, tensors: dict[str, Tensor], extra: dict[str, Any
     for name, parameter in training.trained.items():
         parameter.data.copy_(tensors[f"master.{name}"])
         if moments:
-            # Copied: what lies in the file is neither laid out nor aligned as the parameter is; sums may depend on that.
+            # Copied: what lies in the file is neither laid out nor aligned as parameters are; sums may depend on that.
             training.optimizer.state[parameter] = {
                 moment: _like(parameter, moment).copy_(tensors[f"{moment}.{name}"]) for moment in moments
             }
