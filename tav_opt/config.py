@@ -279,7 +279,8 @@ class OptimiserConfig(Config):
     gradient_checkpointing: bool | None = None
     """Compute activations twice, not keep them: less memory, more time; default: only where memory asks for it."""
     autocast: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision: the UNet computes in it, beside float32 masters of what trains; no: in its weights' dtype."""
+    """Mixed precision: UNet, and text encoder where that may train, compute in it; no: in the dtype of the others.
+    What trains has float32 masters."""
     seed: Seed = 33
     """Of the noise, the timesteps, and what starts at random."""
     preview_every: Index = 0
@@ -317,6 +318,8 @@ class PersonaliseConfig(OptimiserConfig):
 
     lr: LearningRate = 5e-6
     """AdamW's learning rate; some twenty times as much for a LoRA."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations twice, not keep them: less memory, more time; auto, the default, is off here."""
     batch: Annotated[int, Within(1, 64)] = 1
     """Pictures a step, and as many of the class."""
     class_images: Annotated[int, Within(1, 10_000)] = 100

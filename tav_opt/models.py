@@ -74,10 +74,10 @@ def load_video_unet(
         config = read_object(folder / "config.json")
         configuration.check_unet(config, folder / "config.json")
         unet = _unet(config, weights.files(folder))
-    return _placed(unet, device, dtype)
+    return placed(unet, device, dtype)
 
 
-def _placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+def placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """Frozen, on its device; channels come last in its convolutions, which is faster wherever it was measured
     (benchmarks/memory_format.py)."""
     module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -150,8 +150,8 @@ def _loaded(
     image = ImageModel.load(base)
     return StableDiffusion(
         base=base,
-        unet=_placed(unet(base, image), device, dtype),
-        vae=_placed(image.vae, device, dtype),
+        unet=placed(unet(base, image), device, dtype),
+        vae=placed(image.vae, device, dtype),
         text_encoder=image.text_encoder.to(device, dtype).eval().requires_grad_(False),
         tokenizer=image.tokenizer,
         schedule=Schedule.from_config(base.configs["scheduler"]),

@@ -85,13 +85,22 @@ def resume(
     `finished_steps` are those of the result that lies there, if one does. Raises InputError for the state of a run
     with other settings, and for a run that cannot go on.
     """
-    # With a constant rate no step depends on how many follow.
-    if state := tuning_state.load(out, settings, free=("steps",) if config.schedule == "constant" else ()):
+    if state := tuning_state.load(out, settings, free=_free(config)):
         restore(training, *state)
     finished = finished_steps == config.steps
     if training.step > config.steps or (finished and state and state[1].get("kept")):
         raise InputError(f"{out} holds a run of {training.step} steps: give more --steps, or choose another --out")
     return finished
+
+
+def check_state(out: Path, settings: dict[str, Any], config: OptimiserConfig) -> None:
+    """Raises InputError for the state of a run with other settings: said before the work that comes before a step."""
+    tuning_state.check(out, settings, free=_free(config))
+
+
+def _free(config: OptimiserConfig) -> tuple[str, ...]:
+    """With a constant rate no step depends on how many follow."""
+    return ("steps",) if config.schedule == "constant" else ()
 
 
 def train(

@@ -107,8 +107,16 @@ def load(
     path = folder / STATE
     if not path.is_file():
         return None
-    tensors = load_tensors(path)
-    before, extra = _told(path)
+    check(folder, settings, free=free)
+    return load_tensors(path), _told(path)[1]
+
+
+def check(folder: Path, settings: dict[str, Any], *, free: Collection[str] = ()) -> None:
+    """Raises InputError where a state is of a run with other settings but the `free` ones, naming the first."""
+    path = folder / STATE
+    if not path.is_file():
+        return
+    before, _ = _told(path)
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and before.get(name) != value:
             why = f" (the {before['schedule']} learning rate depends on them)" if name == "steps" else ""
@@ -116,7 +124,6 @@ def load(
                 f"{folder} holds the state of a run with {name} {before.get(name)!r}, not {value!r}{why}: "
                 f"give it the same settings, choose another --out, or delete {STATE} there"
             )
-    return tensors, extra
 
 
 def settings(folder: Path) -> dict[str, Any]:

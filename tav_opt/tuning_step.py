@@ -191,9 +191,9 @@ def state_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a run as tensors and a dictionary for JSON."""
     tensors = {"losses": torch.tensor(training.losses, dtype=torch.float64)}
     for name, parameter in training.trained.items():
-        tensors[f"master.{name}"] = parameter.detach()
+        tensors[f"master.{name}"] = parameter.detach().contiguous()  # in memory a convolution's channels come last
         for moment, value in training.optimizer.state[parameter].items():
-            tensors[f"{moment}.{name}"] = value
+            tensors[f"{moment}.{name}"] = value.contiguous()
     return tensors, {"scaler": training.scaler.state_dict()}
 
 
@@ -217,8 +217,13 @@ def restore(training: Training, tensors: dict[str, Tensor], extra: dict[str, Any
     for name, parameter in training.trained.items():
         parameter.data.copy_(tensors[f"master.{name}"])
         if moments:
-            # Cloned: what lies in the file is not aligned as PyTorch's own memory is, and sums may depend on that.
+            # Copied: what lies in the file is neither laid out nor aligned as parameters are; sums may depend on that.
             training.optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].clone().to(parameter.device) for moment in moments
+                moment: _like(parameter, moment).copy_(tensors[f"{moment}.{name}"]) for moment in moments
             }
     training.spread()
+
+
+def _like(parameter: nn.Parameter, moment: str) -> Tensor:
+    """Room for one of AdamW's moments, or for the count of its steps."""
+    return torch.empty((), device=parameter.device) if moment == "step" else torch.empty_like(parameter.data)

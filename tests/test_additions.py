@@ -24,6 +24,7 @@ from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.config import Additions, BaseConfig, InputError, TrainConfig, WorkerConfig
 from tav_opt.engines import registry
 from tav_opt.export import exporting
+from tav_opt.files import read_json, write_json
 from tav_opt.repository import clips
 
 KINDS = ("diffusers", "kohya", "peft")
@@ -302,6 +303,49 @@ def test_the_identity_is_of_contents_weights_and_words(files, words, sd, tmp_pat
         of(loras=(lora,), embeddings=(word,)),
     ]
     assert len(set(different)) == len(different)
+
+
+def test_the_identity_has_peft_s_strength_whatever_the_file_is_called(files, sd, tmp_path):
+    folder = shutil.copytree(files["peft"][0], tmp_path / "peft")
+    lora = (folder / "adapter_model.safetensors").rename(folder / "own.safetensors")
+    of = lambda: Base.at(BaseConfig(model=str(sd), loras=(str(lora),))).hash  # noqa: E731
+    told = read_json(folder / "adapter_config.json")
+    before = of()
+    write_json(folder / "adapter_config.json", told | {"lora_alpha": 1})
+    assert of() != before
+    shutil.copy(files["diffusers"][0], lora)  # has its own
+    before = of()
+    write_json(folder / "adapter_config.json", told)
+    assert of() == before
+
+
+def test_the_identity_has_the_words_of_a_tokenizer(sd, tmp_path):
+    base = shutil.copytree(sd, tmp_path / "sd", copy_function=shutil.copyfile)
+    shutil.rmtree(base / "tokenizer")
+    ImageModel.load(Base.at(sd)).tokenizer.save_pretrained(base / "tokenizer")
+    plain = Base.at(base).hash
+    assert plain == Base.at(sd).hash, "of an ordinary tokenizer, in whichever files"
+    (base / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(sd / "tokenizer" / name, base / "tokenizer" / name)
+    assert Base.at(base).hash == plain
+    write_json(base / "tokenizer" / "added_tokens.json", {"<cat>": 535})
+    cat = Base.at(base).hash
+    write_json(base / "tokenizer" / "added_tokens.json", {"<dog>": 535})
+    assert len({plain, cat, Base.at(base).hash}) == 3
+    write_json(base / "tokenizer" / "added_tokens.json", {"<dog>": "x"})
+    with pytest.raises(InputError, match="holds no CLIP tokenizer"):
+        _ = Base.at(base).hash
+
+
+def test_the_identity_of_a_single_file_has_all_of_its_tokenizer(sd, tmp_path):
+    save_file(owned.single_file(owned.pipeline(sd)), tmp_path / "own.safetensors")
+    folder = shutil.copytree(sd, tmp_path / "sd", copy_function=shutil.copyfile)
+    of = lambda: Base.at(BaseConfig(model=str(tmp_path / "own.safetensors"), model_config=str(folder))).hash  # noqa: E731
+    before = of()
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"model_max_length": 16', '"model_max_length": 12'))
+    assert of() != before
 
 
 # From the command line to the server.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tav_opt import checkpoint, cli, models, tuning_state
@@ -20,10 +21,13 @@ from tav_opt.base.directory import Base
 from tav_opt.base.image_model import ImageModel
 from tav_opt.command import Interrupted
 from tav_opt.config import BaseConfig, InputError, PersonaliseConfig
+from tav_opt.files import read_object, write_json
 from tav_opt.personalise import dreambooth, pictures
 from tav_opt.tuning_step import seeded_draw
 
 QUICK = PersonaliseConfig(steps=3, lr=1e-3, batch=2, class_images=3, draw_steps=2, save_every=50, prior_weight=0.7)
+ALONE = PersonaliseConfig(steps=3, lr=1e-3, batch=2)
+"""Without a class."""
 PROMPT, CLASS = "a sks panda", "a panda"
 
 
@@ -43,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(sd: Path, images: Path, out: Path, config: PersonaliseConfig = QUICK, **given: object) -> Path:
-    return dreambooth.personalise(sd, images, PROMPT, config, out, class_prompt=CLASS, device="cpu", **given)
+    return dreambooth.personalise(sd, images, PROMPT, config, out, **{"class_prompt": CLASS, "device": "cpu"} | given)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,8 @@ def learned(sd, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_hand(sd: Path, images: Path, drawn: np.ndarray) -> dict[str, Tensor]:
     """The UNet after QUICK by diffusers' own noise and PyTorch's own optimiser."""
     theirs = owned.pipeline(sd)
+    for part in (theirs.unet, theirs.vae):  # sums in another order would be other steps, where gradients are near zero
+        part.to(memory_format=torch.channels_last)
     noising = DDPMScheduler.from_config(theirs.scheduler.config)
     prompts = theirs.tokenizer([PROMPT, CLASS], padding="max_length", max_length=16, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -83,7 +89,7 @@ def _schedule(sd: Path):
 
 
 def test_the_steps_are_those_of_a_loop_by_hand(learned, sd, images):
-    drawn = np.stack([np.asarray(Image.open(file)) for file in sorted((learned / "class_images").iterdir())])
+    drawn = np.stack([np.asarray(Image.open(file)) for file in sorted((learned / "class_images").glob("*.png"))])
     assert len(drawn) == 3
     expected, before = by_hand(sd, images, drawn), owned.pipeline(sd).unet.state_dict()
     found = StableDiffusionPipeline.from_pretrained(learned).unet.state_dict()
@@ -136,11 +142,12 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return ImageModel.load(Base.at(folder)).unet.state_dict()  # type: ignore[union-attr]
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(learned, sd, images, tmp_path):
-    def stop(stage: str, step: int, *_: object) -> None:
-        if (stage, step) == ("personalise", 1):  # told after its state was saved
-            raise Interrupted(2)
+def stop(stage: str, step: int, *_: object) -> None:
+    if (stage, step) == ("personalise", 1):  # told after its state was saved
+        raise Interrupted(2)
 
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(learned, sd, images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match="keeps the state after step 1, from which the same command goes on"):
         run(sd, images, out, replace(QUICK, save_every=1), on_step=stop)
@@ -157,6 +164,85 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(learned, sd, images,
     assert not (out / tuning_state.STATE).exists()
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Of all files of weights."""
+    return {
+        f"{file.relative_to(folder)} {name}": value
+        for file in folder.rglob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_every_precision_a_stopped_run_goes_on_to_the_same_float32(dtype, rank, sd, images, tmp_path):
+    config = replace(ALONE, lr=1e-4, steps=2, lora_rank=rank, text_encoder=True, save_every=1)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(sd, images, whole, config, class_prompt=None, dtype=dtype)
+    with pytest.raises(Interrupted):
+        run(sd, images, out, config, class_prompt=None, dtype=dtype, on_step=stop)
+    run(sd, images, out, config, class_prompt=None, dtype=dtype)
+    expected, found = tensors(whole), tensors(out)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    exact = [value for value in found.values() if not torch.equal(value, value.bfloat16().float())]
+    assert len(exact) > 0.5 * len(found), "masters, and what did not train, are no halves"
+
+
+def test_what_learns_nothing_in_half_precision_is_the_base_itself(sd, images, tmp_path):
+    """Its schedule too, which diffusers' scheduler would have changed."""
+    base = shutil.copytree(sd, tmp_path / "base", copy_function=shutil.copyfile)
+    settings = read_object(base / "scheduler" / "scheduler_config.json") | {"steps_offset": 0}
+    write_json(base / "scheduler" / "scheduler_config.json", settings)
+    config = replace(ALONE, steps=1, lr=0.0, text_encoder=True)
+    out = run(base, images, tmp_path / "out", config, class_prompt=None, dtype=torch.bfloat16)
+    found, expected = (ImageModel.load(Base.at(folder)) for folder in (out, base))
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(expected, part).state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in getattr(found, part).state_dict().items()), part
+    assert _schedule(out) == _schedule(base) != _schedule(sd)
+    assert StableDiffusionPipeline.from_pretrained(out).unet is not None
+
+
+def test_pictures_of_a_class_are_taken_only_where_they_were_drawn_so(learned, sd, images, tmp_path):
+    out = tmp_path / "out"
+    drawn = shutil.copytree(learned / "class_images", out / "class_images")
+    before = {file.name: file.read_bytes() for file in drawn.iterdir()}
+    for other, name in (
+        ({"config": replace(QUICK, seed=1)}, "seed 33, not 1"),
+        ({"config": replace(QUICK, draw_steps=3)}, "draw_steps 2, not 3"),
+        ({"class_prompt": "a dog"}, "class_prompt 'a panda', not 'a dog'"),
+    ):
+        with pytest.raises(InputError, match=f"holds pictures drawn with {name}: move the folder"):
+            run(sd, images, out, **other)
+    run(sd, images, out, replace(QUICK, class_images=2, steps=1))
+    assert {file.name: file.read_bytes() for file in drawn.iterdir()} == before
+    other = shutil.copytree(drawn, tmp_path / "other" / "class_images")
+    (other / pictures.DRAWN).unlink()
+    with pytest.raises(InputError, match=r"of which no drawn\.json tells"):
+        run(sd, images, other.parent)
+
+
+def test_a_state_s_settings_are_compared_before_anything_is_drawn(sd, images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(sd, images, out, replace(QUICK, save_every=1), on_step=stop)
+    picture = out / "class_images" / "00000.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    with pytest.raises(InputError, match="holds the state of a run with class_pictures"):
+        run(sd, images, out)
+    picture.unlink()
+    monkeypatch.setattr(pictures, "draw", None)
+    with pytest.raises(InputError, match=r"holds the state of a run with lr 0\.001, not 0\.1"):
+        run(sd, images, out, replace(QUICK, lr=0.1))
+
+
+def test_without_peft_it_says_so_first(sd, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(InputError, match=r"lora rank 2 needs peft: pip install 'tav-opt\[lora\]'"):
+        run(sd, tmp_path / "nowhere", tmp_path / "out", replace(QUICK, lora_rank=2))
+
+
 def test_a_finished_run_goes_on_to_more_steps(learned, sd, images, tmp_path):
     out = shutil.copytree(learned, tmp_path / "out")
     before = weights_of(out)["conv_in.weight"]
@@ -166,7 +252,8 @@ def test_a_finished_run_goes_on_to_more_steps(learned, sd, images, tmp_path):
 
 def test_from_the_command_line_to_a_tuned_clip(lora, sd, images, tmp_path, capsys):
     out = tmp_path / "personal"
-    options = f"personalise --model {sd} --images {images} --out {out} --steps 1 --lora-rank 1 --device cpu"
+    options = f"personalise --model {sd} --images {images} --out {out} --steps 1 --lora-rank 1 --device cpu "
+    options += "--gradient-checkpointing auto"
     assert cli.main([*options.split(), "--prompt", PROMPT]) == 0
     assert f"LoRA: {out}" in capsys.readouterr().out
     folder = tmp_path / "frames"
@@ -191,6 +278,10 @@ def test_from_the_command_line_to_a_tuned_clip(lora, sd, images, tmp_path, capsy
         ("--lora-rank 2000", "lora rank 2000 is not within 0…1024"),
         ("--preview-every 2", "preview_every 2 needs preview_prompts"),
         ("--draw-steps 1001", "draw steps 1001 is not within"),
+        ("--draw-steps 9", "draw steps 9 has no effect: it needs a class prompt or preview_every"),
+        ("--draw-guidance 2", "draw guidance 2.0 has no effect"),
+        ("--class-images 9", "class images 9 has no effect: it needs a class prompt"),
+        ("--prior-weight 0.5", "prior weight 0.5 has no effect: it needs a class prompt"),
         ("--model MODEL/unet", "one part alone"),
     ],
 )

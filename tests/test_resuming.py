@@ -82,6 +82,17 @@ def sent(number: int, at: tuple[str, int], times: int = 1) -> tuning.OnStep:
     return on_step
 
 
+def test_convolutions_train_and_go_on(base, tmp_path):
+    """Channels come last in their memory, and in that of their moments, which no file keeps."""
+    config, whole, out = replace(QUICK, trainable=("conv1",)), tmp_path / "whole", tmp_path / "ckpt"
+    tuned(base, whole, config)
+    with pytest.raises(Interrupted):
+        tuned(base, out, config, sent(signal.SIGINT, ("tune", 2)))
+    tuned(base, out, config)
+    assert files(out) == files(whole)
+    assert {value.ndim for name, value in checkpoint.load(out).values.items() if ".conv1.weight" in name} == {4}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_state_between_two_steps(base, tmp_path, in_one_go, number):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

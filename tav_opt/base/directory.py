@@ -15,9 +15,16 @@ from tav_opt.base.loras import Lora
 from tav_opt.base.single_file import config_folder
 from tav_opt.base.textual_inversion import Embedding
 from tav_opt.config import Additions, BaseConfig, InputError, PathLike
-from tav_opt.files import sha256
+from tav_opt.files import read_object, sha256
 
-_WORDS = ("tokenizer.json", "vocab.json", "merges.txt")
+_WORDS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 def resolve(path_or_hub_id: PathLike, *, network: bool = False) -> Path:
@@ -113,8 +120,11 @@ class Base:
             for file in (config / "config.json", *files):
                 digest.update(f"{part} {sha256(file)}\n".encode())
         digest.update(sha256(self.folder / "scheduler" / "scheduler_config.json").encode())
-        words = [self.folder / "tokenizer" / name for name in _WORDS if self.single]
-        further = [f"tokenizer {sha256(file)}" for file in words if file.is_file()]
+        words = self.folder / "tokenizer"
+        if self.single:  # whose tokenizer comes from elsewhere
+            further = [f"tokenizer {sha256(words / name)}" for name in _WORDS if (words / name).is_file()]
+        else:
+            further = _added_words(words)
         further += [lora.identity for lora in self.loras] + [embedding.identity for embedding in self.embeddings]
         digest.update("".join(f"\n{line}" for line in further).encode())
         return digest.hexdigest()
@@ -131,6 +141,26 @@ class Base:
         if not isinstance(size, int):
             raise InputError(f"{file}: sample_size = {size!r} is no number: give the size")
         return size * self.vae_factor
+
+
+def _added_words(tokenizer: Path) -> list[str]:
+    """The words that its files have beyond the vocabulary, with their numbers: textual inversions leave such.
+
+    An ordinary tokenizer has none: what begins and ends a text is in the vocabulary.
+    """
+
+    def told(name: str) -> dict[str, Any]:
+        return read_object(tokenizer / name) if (tokenizer / name).is_file() else {}
+
+    whole, decoder = told("tokenizer.json"), told("tokenizer_config.json").get("added_tokens_decoder", {})
+    try:
+        known = {*told("vocab.json"), *whole.get("model", {}).get("vocab", {})}
+        added = {(word, int(number)) for word, number in told("added_tokens.json").items()}
+        added |= {(one["content"], int(one["id"])) for one in whole.get("added_tokens", [])}
+        added |= {(one["content"], int(number)) for number, one in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{tokenizer} holds no CLIP tokenizer: its added tokens have another form") from None
+    return [f"word {number} {word}" for word, number in sorted(added) if word not in known]
 
 
 def _vae_folder(name: str) -> Path:

@@ -58,6 +58,15 @@ class ImageModel:
             textual_inversion.add(pipeline, base.embeddings)
         return model
 
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The weights of the networks that people train, the UNet and the text encoder, by part and name."""
+        return {
+            f"{name}.{inner}": parameter
+            for name, part in (("unet", self.unet), ("text_encoder", self.text_encoder))
+            if part is not None
+            for inner, parameter in part.named_parameters()
+        }
+
     def pipeline(self, base: Base) -> StableDiffusionPipeline:
         """The parts as diffusers' pipeline, which shares them."""
         return StableDiffusionPipeline(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class Lora:
     def identity(self) -> str:
         """Another for every other content or weight."""
         beside = self.file.with_name(ADAPTER)
-        strength = sha256(beside) if self.file.name == FILES[1] and beside.is_file() else ""
+        strength = sha256(beside) if beside.is_file() and _is_peft(weights.load_tensors(self.file)) else ""
         return f"lora {sha256(self.file)} {strength} {self.weight!r}"
 
 
@@ -125,10 +125,15 @@ def _state(pipeline: Any, lora: Lora) -> tuple[dict[str, Any], dict[str, float] 
     tensors = weights.load_tensors(lora.file)
     if dora := [key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key]:
         raise InputError(f"lora {lora.file} is a DoRA ({_named(dora)}), which diffusers does not read")
-    if any(key.startswith(_PEFT) for key in tensors):
+    if _is_peft(tensors):
         return _of_peft(tensors, lora.file)
     state, alphas, _ = pipeline.lora_state_dict(dict(tensors), return_lora_metadata=True)
     return state, alphas, _told(lora.file)
+
+
+def _is_peft(tensors: Collection[str]) -> bool:
+    """Whether names of tensors are PEFT's, which keeps the strength beside the file."""
+    return any(name.startswith(_PEFT) for name in tensors)
 
 
 def _told(file: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import UseAppendAction, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tav_opt.config import FILLED_IN, EditConfig, check_numbers, check_text, literal_weights
 
@@ -20,6 +21,24 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 E = TypeVar("E", bound=EditConfig)
 Prompts = Annotated[UseAppendAction[tuple[str, ...]], arg(name="prompt", help="What to draw; give it once per edit.")]
 Guidance = Annotated[float, arg(name="guidance", help="Classifier-free guidance scale.")]
+_SWITCH = {"on": True, "off": False, "auto": None}
+TYPES = ConstructorRegistry()
+"""What commands read in a way of their own: switches."""
+
+
+@TYPES.primitive_rule
+def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | None] | None:
+    """What may be left to the program: alone a flag, as of any bool, and `on`, `off` or `auto`."""
+    if info.type != bool | None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[on|off|auto]",
+        instance_from_str=lambda given: _SWITCH[given[0]] if given else True,
+        is_instance=lambda value: value in _SWITCH.values(),
+        str_from_instance=lambda value: [name for name, meant in _SWITCH.items() if meant is value],
+        choices=tuple(_SWITCH),
+    )
 
 
 def given_settings(kind: type[E], prog: str, arguments: Sequence[str]) -> tuple[E, set[str]]:

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from tav_opt import progress
 from tav_opt.base.options import BaseOptions
-from tav_opt.cli.common import Dtype, mention_weights
+from tav_opt.cli.common import TYPES, Dtype, mention_weights
 from tav_opt.config import PersonaliseConfig, check_numbers
 
 
@@ -32,12 +32,12 @@ class Personalise:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
     dtype: Dtype = "auto"
-    """Of the frozen weights; what trains is float32. auto: float16 on GPUs, float32 elsewhere."""
+    """What the networks compute in; what trains has float32 masters. auto: float16 on GPUs, float32 elsewhere."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Teach a model a subject from a few pictures."""
-    args = tyro.cli(Personalise, prog="tav-opt personalise", args=arguments)
+    args = tyro.cli(Personalise, prog="tav-opt personalise", args=arguments, registry=TYPES)
     import torch
 
     from tav_opt.device import dtype_on, told, usable_device

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 from tyro.conf import OmitArgPrefixes
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tav_opt import progress
 from tav_opt.base.options import BaseOptions
-from tav_opt.cli.common import Dtype, listed, mention_weights
+from tav_opt.cli.common import TYPES, Dtype, listed, mention_weights
 from tav_opt.config import ClipConfig, TrainConfig, check_numbers
 
 if TYPE_CHECKING:
@@ -40,32 +39,13 @@ class Tune:
     """What the networks compute in; what trains has float32 masters. auto: float16 on GPUs, float32 elsewhere."""
 
 
-_SWITCH = {"on": True, "off": False, "auto": None}
-_TYPES = ConstructorRegistry()
-
-
-@_TYPES.primitive_rule
-def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | None] | None:
-    """What may be left to the program: alone a flag, as of any bool, and `on`, `off` or `auto`."""
-    if info.type != bool | None:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[on|off|auto]",
-        instance_from_str=lambda given: _SWITCH[given[0]] if given else True,
-        is_instance=lambda value: value in _SWITCH.values(),
-        str_from_instance=lambda value: [name for name, meant in _SWITCH.items() if meant is value],
-        choices=tuple(_SWITCH),
-    )
-
-
 def run(arguments: Sequence[str]) -> None:
     """Tune a model on one clip and one caption."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     path = early.parse_known_args(arguments)[0].config
     found, default = _of_yaml(path) if path else (None, tyro.MISSING_NONPROP)
-    args = tyro.cli(Tune, prog="tav-opt tune", args=arguments, default=default, registry=_TYPES)
+    args = tyro.cli(Tune, prog="tav-opt tune", args=arguments, default=default, registry=TYPES)
     import torch
 
     from tav_opt import tuning, video

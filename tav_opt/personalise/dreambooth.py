@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tav_opt import ddim, plots, tuning_loop, tuning_state, video
+from tav_opt import ddim, models, plots, tuning_loop, tuning_state, video
 from tav_opt.base.directory import Base
 from tav_opt.base.image_model import ImageModel
 from tav_opt.config import BaseConfig, InputError, PathLike, PersonaliseConfig, check_text
@@ -35,6 +35,23 @@ def check(config: PersonaliseConfig, prompt: str, class_prompt: str | None) -> N
         check_text("class prompt", class_prompt)
         if not class_prompt.strip() or class_prompt.strip() == prompt.strip():
             raise InputError(f"class prompt {class_prompt!r} should be the prompt without the word of its own")
+    _check_used(config, class_prompt)
+    if config.lora_rank:
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise InputError(f"lora rank {config.lora_rank} needs peft: pip install 'tav-opt[lora]'") from None
+
+
+def _check_used(config: PersonaliseConfig, class_prompt: str | None) -> None:
+    """Raises InputError for a setting of pictures that are not drawn."""
+    unused = [] if class_prompt is not None else ["class_images", "prior_weight"]
+    if class_prompt is None and not config.preview_every:
+        unused += ["draw_steps", "draw_guidance"]
+    for name in unused:
+        if (value := getattr(config, name)) != getattr(PersonaliseConfig, name):
+            previews = " or preview_every" if name.startswith("draw") else ""
+            raise InputError(f"{name.replace('_', ' ')} {value} has no effect: it needs a class prompt{previews}")
 
 
 def check_out(out: Path) -> None:
@@ -71,11 +88,13 @@ def personalise(
     check_out(out)
     with tuning_loop.running(out):
         base, place = Base.at(model), usable_device(device)
-        learned = pictures.read(images, base.native_size)
-        image = _loaded(base, place, dtype_on(place, dtype))
+        learned, dtype = pictures.read(images, base.native_size), dtype_on(place, dtype)
+        settings = _settings(base, learned, prompt, class_prompt, config, place, dtype)
+        tuning_loop.check_state(out, settings, config)
+        image = _loaded(base, place, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # of a LoRA's first half
-            run = _Run.begun(base, image, learned, prompt, class_prompt, config, out, on_step or (lambda *_: None))
+            run = _Run.begun(base, image, learned, settings, config, out, on_step or (lambda *_: None))
         told = written.DESCRIPTION
         ended = read_object(out / told)["settings"]["steps"] if (out / told).is_file() else None
         if not tuning_loop.resume(run.training, out, run.settings, config, ended):
@@ -91,7 +110,7 @@ def _loaded(base: Base, place: torch.device, dtype: torch.dtype) -> ImageModel:
     if image.unet is None:
         raise InputError(f"model {base.path} was tuned on a clip by the reference: it draws no pictures")
     for part in (image.unet, image.vae, image.text_encoder):
-        part.to(place, dtype).eval().requires_grad_(False)
+        models.placed(part, place, dtype)
     return image
 
 
@@ -120,8 +139,7 @@ class _Run:
         base: Base,
         image: ImageModel,
         learned: Any,
-        prompt: str,
-        class_prompt: str | None,
+        settings: dict[str, Any],
         config: PersonaliseConfig,
         out: Path,
         on_step: OnStep,
@@ -130,13 +148,14 @@ class _Run:
         schedule = Schedule.from_config(base.configs["scheduler"])
         schedule.timesteps(config.draw_steps)  # too many are refused now
         latents = [pictures.encode(image, learned)]
-        prompts = (prompt, *(() if class_prompt is None else (class_prompt,)))
+        class_prompt = settings["class_prompt"]
+        prompts = (settings["prompt"], *(() if class_prompt is None else (class_prompt,)))
         pictures.embed(image, (*prompts, *config.preview_prompts))  # one that is too long is refused now
         if class_prompt is not None:
-            folder, side = out / "class_images", latents[0].shape[-1]
             report: Any = lambda done, count: on_step("class pictures", done, count, None)  # noqa: E731
-            drawn = pictures.of_class(image, schedule, class_prompt, side, config, folder, report)
+            drawn = pictures.of_class(image, base, schedule, class_prompt, config, out / "class_images", report)
             latents.append(pictures.encode(image, drawn))
+            settings = settings | {"class_pictures": hashlib.sha256(drawn.tobytes()).hexdigest()}
         with torch.no_grad():
             text = None if config.text_encoder else pictures.embed(image, prompts).float()
         return cls(
@@ -146,8 +165,8 @@ class _Run:
             config=config,
             out=out,
             on_step=on_step,
-            settings=_settings(base, learned, prompt, class_prompt, config, image),
-            training=_begun(image, config),
+            settings=settings,
+            training=_begun(image, base, config),
             prompts=prompts,
             latents=tuple(latents),
             text=text,
@@ -198,22 +217,31 @@ class _Run:
     def finish(self) -> None:
         """Writes the model or LoRA, the description last."""
         (self.out / written.DESCRIPTION).unlink(missing_ok=True)  # of a run with fewer steps
-        for name, half in self.training.halves.items():
-            half.data = self.training.trained[name].data  # what is written is float32
         plots.save_losses(self.training.losses, self.out)
         if self.config.lora_rank:
+            for name, half in self.training.halves.items():
+                half.data = self.training.trained[name].data  # what is written is float32
             written.lora(self.image, self.config.text_encoder, self.out)
         else:
-            written.model(self.image, self.base, self.out)
+            written.model(self.base, self.training.trained, self.out)
         write_json(self.out / written.DESCRIPTION, {"prompts": self.prompts, "settings": self.settings})
 
 
-def _begun(image: ImageModel, config: PersonaliseConfig) -> Training:
-    """Makes trainable what shall train, in the dtype that the networks are to compute in."""
+def _begun(image: ImageModel, base: Base, config: PersonaliseConfig) -> Training:
+    """Makes trainable what shall train, in the dtype that the networks are to compute in.
+
+    The masters of a base's own weights start as it has them, not as the halves are that it was made to.
+    """
     assert image.unet is not None
     dtype = compute_dtype(image.unet, config)
     both = nn.ModuleList([image.unet, image.text_encoder])
-    return begin_with(_trained(image, config), both, dtype, config)
+    training = begin_with(_trained(image, config), both, dtype, config)
+    if training.halves and not config.lora_rank:
+        exact = ImageModel.load(base).parameters()
+        for name, master in training.trained.items():
+            master.data.copy_(exact[name])
+        training.spread()
+    return training
 
 
 def _trained(image: ImageModel, config: PersonaliseConfig) -> dict[str, nn.Parameter]:
@@ -234,24 +262,28 @@ def _trained(image: ImageModel, config: PersonaliseConfig) -> dict[str, nn.Param
 
 
 def _add_lora(part: Any, targets: list[str], rank: int) -> None:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise InputError(f"lora rank {rank} needs peft: pip install 'tav-opt[lora]'") from None
+    from peft import LoraConfig
+
     part.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
 
 
 def _settings(
-    base: Base, learned: Any, prompt: str, class_prompt: str | None, config: PersonaliseConfig, image: ImageModel
+    base: Base,
+    learned: Any,
+    prompt: str,
+    class_prompt: str | None,
+    config: PersonaliseConfig,
+    place: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """All that the resulting weights depend on: a stopped run goes on only under the same."""
-    assert image.unet is not None
+    """All that the resulting weights depend on but the class's pictures: a stopped run goes on only under the same."""
     return {
         "base": base.hash,
         "images": hashlib.sha256(learned.tobytes()).hexdigest(),
         "prompt": prompt,
         "class_prompt": class_prompt,
         **{name: value for name, value in asdict(config).items() if name not in tuning_loop.PASSING},
-        "device": image.unet.device.type,
-        "dtype": str(image.vae.dtype).removeprefix("torch."),
+        "gradient_checkpointing": bool(config.gradient_checkpointing),
+        "device": place.type,
+        "dtype": str(dtype).removeprefix("torch."),
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from tav_opt import ddim, models, video
+from tav_opt.base.directory import Base
 from tav_opt.base.image_model import ImageModel
 from tav_opt.config import InputError, PersonaliseConfig
 from tav_opt.ddim import Schedule, Timestep, timestep_rows
-from tav_opt.files import whole
+from tav_opt.files import read_object, whole, write_json
+from tav_opt.video.containers import LOCAL, still
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 MOST = 64
 """Pictures of a subject; three to five are what the paper takes."""
 AT_ONCE = 8
+DRAWN = "drawn.json"
+"""Beside the pictures of a class: how they were drawn."""
 
 
 def read(folder: Path, size: int) -> np.ndarray:
@@ -55,17 +59,17 @@ def draw(
     side: int,
     config: PersonaliseConfig,
     *,
-    first: int = 0,
+    numbers: Sequence[int] = (),
     on_step: ddim.OnStep = lambda _: None,
 ) -> np.ndarray:
     """Pictures uint8 (prompts, H, W, 3) by guided DDIM, each from noise of its own by the seed and its number.
 
-    `side`: of the latents; `first`: the number of the first picture.
+    `side`: of the latents; `numbers`: of the pictures, from 0 unless given.
     """
     unet = image.unet
     assert unet is not None
     shape = (unet.config.in_channels, 1, side, side)
-    seeds = [config.seed + 1000 * (first + number) for number in range(len(prompts))]
+    seeds = [config.seed + 1000 * number for number in numbers or range(len(prompts))]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     text, empty = (embed(image, given).float() for given in (prompts, [""] * len(prompts)))
 
@@ -89,27 +93,60 @@ def draw(
 
 def of_class(
     image: ImageModel,
+    base: Base,
     schedule: Schedule,
     prompt: str,
-    side: int,
     config: PersonaliseConfig,
     folder: Path,
     on_picture: Callable[[int, int], object],
 ) -> np.ndarray:
     """What the model draws of the class before it learns: uint8 (n, H, W, 3), kept as `folder`/*.png.
 
-    Those of a run before are taken as they are.
+    Those of a run before are taken as they are. Raises InputError for a folder whose pictures were drawn otherwise.
     """
-    wanted = config.class_images
-    if (done := len(list(folder.glob("*.png")))) > wanted:
-        shutil.rmtree(folder)
-        done = 0
-    while done < wanted:
-        count = min(AT_ONCE, wanted - done)
-        drawn = draw(image, schedule, [prompt] * count, side, config, first=done)
-        for number, picture in enumerate(drawn, start=done):
-            with whole(folder / f"{number:05}.png") as temporary:
+    size = base.native_size
+    files = [folder / f"{number:05}.png" for number in range(config.class_images)]
+    _claim(
+        folder,
+        {
+            "base": base.hash,
+            "class_prompt": prompt,
+            "seed": config.seed,
+            "draw_steps": config.draw_steps,
+            "draw_guidance": config.draw_guidance,
+            "size": size,
+        },
+    )
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    for start in range(0, len(missing), AT_ONCE):
+        numbers = missing[start : start + AT_ONCE]
+        drawn = draw(image, schedule, [prompt] * len(numbers), size // base.vae_factor, config, numbers=numbers)
+        for number, picture in zip(numbers, drawn, strict=True):
+            with whole(files[number]) as temporary:
                 Image.fromarray(picture).save(temporary)
-        done += count
-        on_picture(done, wanted)
-    return video.read(folder).frames
+        on_picture(len(files) - len(missing) + start + len(numbers), len(files))
+    return np.stack([_read_drawn(file, size) for file in files])
+
+
+def _read_drawn(file: Path, size: int) -> np.ndarray:
+    """uint8 (size, size, 3); raises InputError for a file that is no such picture."""
+    picture = np.asarray(still(file, LOCAL))
+    if picture.shape != (size, size, 3):
+        raise InputError(f"{file} is {picture.shape[1]}×{picture.shape[0]}, not {size}×{size} as it was drawn")
+    return picture
+
+
+def _claim(folder: Path, how: dict[str, Any]) -> None:
+    """Notes how the pictures of a folder are drawn; raises InputError, naming what differs, where others lie there."""
+    note = folder / DRAWN
+    if not note.is_file():
+        if any(folder.glob("*.png")):
+            raise InputError(f"{folder} holds pictures of which no {DRAWN} tells how they were drawn: move them")
+        write_json(note, how)
+    before = read_object(note)
+    for name, value in how.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{folder} holds pictures drawn with {name} {before.get(name)!r}, not {value!r}: move the folder, or "
+                "choose another --out"
+            )
