@@ -50,7 +50,9 @@ def _edit(path: Path) -> Facts:
 
 def _described(info: ClipInfo) -> Facts:
     found = {"caption": info.prompt, "frames": info.frames, "height": info.height, "width": info.width, "fps": info.fps}
-    found |= {"base": info.base, "base_hash": info.base_hash, "inversion_steps": info.inversion_steps}
+    found |= {"base": info.base, **({"additions": dict(info.additions)} if info.additions else {})}
+    found |= {"base_hash": info.base_hash, "inversion_steps": info.inversion_steps}
+    found |= {"inversion_iterations": info.inversion_iterations}
     return found | ({"edited_with": dict(info.edit)} if info.edit else {})
 
 

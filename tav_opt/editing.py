@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
@@ -35,12 +35,17 @@ def check(config: EditConfig) -> None:
 
 
 def start_latents(
-    engine: Engine, config: EditConfig, frames: np.ndarray | None = None, on_step: ddim.OnStep = lambda _: None
+    engine: Engine,
+    config: EditConfig,
+    frames: np.ndarray | None = None,
+    on_step: ddim.OnStep = lambda _: None,
+    *,
+    on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The latents (1, c, f, h, w) that sampling starts from.
 
     The clip's own inverted latents where its inversion is the one asked for; inverted anew for another or for `frames`
-    uint8 (f, H, W, 3); seeded noise without inversion.
+    uint8 (f, H, W, 3); seeded noise without inversion. `on_call` is called before each call of the network.
     """
     if not config.inversion:
         noise = torch.randn(engine.source_latents.shape, generator=torch.Generator().manual_seed(config.seed))
@@ -49,7 +54,8 @@ def start_latents(
     if frames is None and asked.key == engine.info.inversion.key:
         return engine.inverted_latents
     source = engine.source_latents if frames is None else engine.encode_video(frames)
-    return inversion.invert(engine.predict, source, engine.encode_text([""]), engine.schedule, asked, on_step=on_step)
+    empty = engine.encode_text([""])
+    return inversion.invert(engine.predict, source, empty, engine.schedule, asked, on_step=on_step, on_call=on_call)
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:

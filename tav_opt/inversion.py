@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tav_opt import ddim
 from tav_opt.config import InputError, InversionConfig
-from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text
+from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text, Timestep
 
 ENOUGH = 2e-3
 """An answer of the network that changes the latents by less, relative to them, ends a step's iterations."""
@@ -30,23 +30,45 @@ def invert(
     config: InversionConfig,
     *,
     on_step: OnStep = lambda _: None,
+    on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The noise (b,c,f,h,w) that unguided DDIM sampling would turn into `latents` (b,c,f,h,w).
 
     Without iterations it is `ddim.invert`, bit for bit. With them the network is asked at the noisy end of each step,
     whose prediction is first taken to go on as in the two steps before, and then up to `config.iterations` more times,
-    as long as its answers change the latents by ENOUGH. Raises InputError for a step that has no inverse.
+    as long as its answers change the latents by ENOUGH. `on_call` is called before each call of the network; what it
+    raises goes through. Raises InputError for a step that has no inverse, FloatingPointError where the network answers
+    with NaN or infinity.
     """
+
+    def asked(latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        on_call()
+        return predict(latents, timestep, text)
+
     if not config.iterations:
-        return ddim.invert(predict, latents, text, schedule, config.steps, on_step=on_step)
+        return _finite(ddim.invert(asked, latents, text, schedule, config.steps, on_step=on_step))
+    return _each_refined(asked, latents, text, schedule, config, on_step)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """The values themselves."""
+    if not values.isfinite().all():
+        raise FloatingPointError("inversion: the network answers with NaN or infinity")
+    return values
+
+
+def _each_refined(
+    predict: Predict, latents: Tensor, text: Text, schedule: Schedule, config: InversionConfig, on_step: OnStep
+) -> Tensor:
+    """As `invert`, with iterations."""
     before: tuple[Tensor, ...] = ()
     for number, timestep, on_device in ddim.each_timestep(schedule, latents, config.steps, upward=True):
         step = _StepBack.of(schedule, timestep, config.steps)
-        first = _continued(before) if before else predict(latents, on_device, text)
 
         def ask(noisy: Tensor, on_device: Tensor = on_device) -> Tensor:
-            return predict(noisy, on_device, text)
+            return _finite(predict(noisy, on_device, text))
 
+        first = _continued(before) if before else ask(latents)
         latents, predicted = _refined(ask, step, latents, first, config.iterations)
         before = (*before[-1:], predicted)
         clean, _ = ddim.clean_and_noise(latents, predicted, schedule.alpha(timestep), schedule.prediction_type)
@@ -97,7 +119,7 @@ def _refined(
         led_to_before, change_before = led_to, change
         led_to = step(clean_end, predicted)
         change = led_to - noisy
-        if (size := float(change.norm() / led_to.norm())) < least:
+        if (size := float(change.norm() / led_to.norm().clamp_min(1e-20))) < least:
             least, best = size, (led_to, predicted)
         if size < ENOUGH:
             break

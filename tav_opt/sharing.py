@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ def _check_id(hub_id: str, name: str) -> None:
 
 
 def _pictures(clip: ClipFolder, card: CardConfig) -> list[Path]:
-    """The given ones first; raises InputError for what a card cannot show, and for two of one name."""
+    """The given ones first, in the place of the run's own where those have their names.
+
+    Raises InputError for what a card cannot show, and for two given ones of one name.
+    """
     found: dict[str, Path] = {}
     for path in card.pictures:
         with open_plain(path) as file:
@@ -87,23 +91,31 @@ def _pictures(clip: ClipFolder, card: CardConfig) -> list[Path]:
         if path.name in found:
             raise InputError(f"{path}: two pictures are named {path.name}")
         found[path.name] = path
-    own = {name: clip.path / name for name in OWN if (clip.path / name).is_file()}
-    return list({**own, **found}.values()) if not found else [*found.values(), *own.values()]
+    own = [clip.path / name for name in OWN if name not in found and (clip.path / name).is_file()]
+    return [*found.values(), *own]
 
 
 def public(clip: ClipFolder, card: CardConfig) -> dict[str, Any]:
     """A clip's description without folders of this machine: of paths, names are left."""
     found = {**clip.description, "settings": _without_folders(clip.settings)}
+    if clip.info.additions:
+        found["additions"] = _without_folders(dict(clip.info.additions), all_places=True)
     base = card.base or clip.info.base
-    return {**found, "base": base if card.base or not PurePath(base).is_absolute() else PurePath(base).name}
+    return {**found, "base": base if card.base or not _is_place(base) else PurePath(base).name}
 
 
-def _without_folders(value: Any) -> Any:
+def _without_folders(value: Any, *, all_places: bool = False) -> Any:
+    """`all_places`: of texts that are paths all, relative ones too."""
     if isinstance(value, dict):
-        return {name: _without_folders(one) for name, one in value.items()}
+        return {name: _without_folders(one, all_places=all_places or name == "video") for name, one in value.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+        return [_without_folders(one, all_places=all_places) for one in value]
+    return PurePath(value).name if isinstance(value, str) and (all_places or _is_place(value)) else value
+
+
+def _is_place(text: str) -> bool:
+    """Whether it is a path that begins somewhere on this machine."""
+    return PurePath(text).is_absolute() or text.startswith(("~/", "./", "../"))
 
 
 def written_card(hub_id: str, described: dict[str, Any], pictures: list[str], card: CardConfig) -> str:
@@ -118,12 +130,14 @@ def written_card(hub_id: str, described: dict[str, Any], pictures: list[str], ca
     )
     size = f"{described['frames']} frames of {described['width']}×{described['height']}, {described['fps']:g} a second"
     settings = {name: value for name, value in described["settings"].items() if not isinstance(value, dict)}
-    here = (
+    here = _added(described) + (
         ""
         if "/" in base
         else f" --base DIRECTORY   # of the base, whose hash begins with {described['base_hash'][:12]}"
     )
-    rows = [("caption", described["prompt"]), ("clip", size), ("base", base), ("its hash", described["base_hash"])]
+    rows = [("caption", described["prompt"]), ("clip", size), ("base", base)]
+    rows += [(f"its {name.replace('_', ' ')}", _text(value)) for name, value in _additions(described)]
+    rows += [("its hash", described["base_hash"]), ("inversion", _inversion(described))]
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {hub_id.split('/')[1]}",
@@ -137,6 +151,25 @@ def written_card(hub_id: str, described: dict[str, Any], pictures: list[str], ca
         _LICENCE,
     ]
     return str(ModelCard("\n\n".join(lines) + "\n", ignore_metadata_errors=False))
+
+
+def _additions(described: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in described.get("additions", {}).items() if value]
+
+
+def _added(described: dict[str, Any]) -> str:
+    """Options of what was added to the base, which whoever takes the clip has in files of their own."""
+    options = {"loras": "lora", "embeddings": "embedding", "vae": "vae", "model_config": "model-config"}
+    return "".join(
+        f" --{options[name]} {shlex.quote(one)}"
+        for name, value in _additions(described)
+        for one in ([value] if isinstance(value, str) else value)
+    )
+
+
+def _inversion(described: dict[str, Any]) -> str:
+    iterations = described.get("inversion_iterations", 0)
+    return f"{described['inversion_steps']} steps" + (f", of {iterations} iterations each" if iterations else "")
 
 
 def _shown(name: str) -> str:

@@ -53,6 +53,26 @@ def test_prompts_share_a_batch_where_memory_allows(free, batches):
     assert told(responses)[-2] == ("sample", len(batches), len(batches))
 
 
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_an_inversion_that_comes_to_nothing_is_said_and_not_kept(iterations):
+    """It once was kept, or stood for the source as if that had been inverted."""
+    kept, engine = Inversions(memory_limit=GIB), FakeEngine()
+    engine.predict = lambda latents, *_: torch.full_like(latents, float("nan"))
+    tensors = to_tensors("toy", replace(SHORT, inversion_steps=2, inversion_iterations=iterations))
+    with pytest.raises(FloatingPointError, match="NaN or infinity") as caught:
+        answered(editor(engine, inversions=kept), tensors)
+    assert failures.status(caught.value) == "INTERNAL" and kept.memory_bytes() == 0
+
+
+def test_an_edit_leaves_amid_a_step_that_is_refined():
+    engine = FakeEngine()
+    engine.predict = lambda latents, *_: engine.batches.append(1) or torch.randn(latents.shape)
+    tensors = to_tensors("toy", replace(SHORT, inversion_steps=2, inversion_iterations=100))
+    with pytest.raises(ddim.Stopped):
+        answered(editor(engine), tensors, Stop(10, ddim.Stopped()))
+    assert 0 < len(engine.batches) <= 10
+
+
 def test_too_little_memory_is_unavailable_with_the_figures():
     engine = FakeEngine()
     with pytest.raises(Unavailable, match=r"needs about 1\.00 GiB, the server has 0\.25 GiB free") as caught:

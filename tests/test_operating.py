@@ -238,6 +238,9 @@ def test_options_behind_two_dashes_reach_tritonserver(serving, scrape):
         (["--model-control-mode", "explicit"], "--model-control-mode is not passed on"),
         (["--http-restricted-api=x"], "--http-restricted-api is not passed on"),
         (["--trace-config=rate=9"], "--trace-config is not passed on"),
+        (["--grpc-po=1"], "--grpc-po is not passed on"),
+        (["--log-verbose=1", "--model-rep", "/x"], "--model-rep is not passed on"),
+        (["--log-verbose=1", "--"], "-- is not passed on"),
         (["verbose"], "after -- come tritonserver's options"),
     ],
 )

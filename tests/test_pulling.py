@@ -125,6 +125,46 @@ def test_urls_that_hold_nothing_are_one_line_and_leave_nothing(url, words, tmp_p
     assert not content(tmp_path)
 
 
+def test_the_manifest_that_was_looked_through_is_the_one_that_is_installed(bucket, there, tmp_path, monkeypatch):
+    """Somebody replaces it right after it was read."""
+    fetch, path = pulling._Source.fetch, f"{VERSION}/clips/second/manifest.json"
+
+    def replaced_then(source, folder, name, here):
+        fetch(source, folder, name, here)
+        if (folder, name) == ("clips/second", "manifest.json"):
+            fsspec.filesystem("memory").pipe(f"/bucket/clips/{path}", b'{"files": {"../../x": "no hash"}}')
+
+    monkeypatch.setattr(pulling._Source, "fetch", replaced_then)
+    pull(bucket, tmp_path)
+    assert (tmp_path / path).read_bytes() == (there / path).read_bytes()
+
+
+def test_a_base_that_is_fetched_again_keeps_the_engines_that_were_built_here(bucket, there, tmp_path):
+    pull(bucket, tmp_path)
+    base = next((tmp_path / VERSION / "base").iterdir())
+    shutil.copytree(base / "engines" / "sm_90-fp16", base / "engines" / "own")
+    (base / "engines" / ".left.fresh").mkdir()
+    manifest = json.loads((base / "manifest.json").read_text())
+    (base / "manifest.json").write_text(json.dumps({**manifest, "versions": {}}))
+    assert [one.name for one in pull(bucket, tmp_path) if one.size] == [f"base/{base.name}"]
+    assert {path.name for path in (base / "engines").iterdir()} == {".lock", "own", "sm_90-fp16"}
+    shutil.rmtree(base / "engines" / "own")
+    assert content(tmp_path) == content(there)
+
+
+@pytest.mark.parametrize("state", ["fresh", "old"])
+def test_what_a_killed_pull_left_among_engines_is_swept(bucket, there, tmp_path, state):
+    pull(bucket, tmp_path)
+    engines = next((tmp_path / VERSION / "base").iterdir()) / "engines"
+    (engines / "sm_90-fp16" / "unet.engine").write_bytes(b"damaged")
+    (engines / f".sm_90-fp16.{state}").mkdir()
+    (engines / f".sm_90-fp16.{state}" / "unet.engine").write_bytes(b"half")
+    assert [one.name for one in pull(bucket, tmp_path) if one.size] == [
+        f"base/{engines.parent.name}/engines/sm_90-fp16"
+    ]
+    assert content(tmp_path) == content(there)
+
+
 def test_a_store_whose_library_is_absent_says_which(monkeypatch, tmp_path):
     def absent(_url: str) -> None:
         raise ImportError("Install s3fs to access S3")

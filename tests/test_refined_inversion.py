@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from exported import FRAMES, SIDE, tuned
+from fakes import Stop
 from test_schedules import SD, SPACINGS, START, TEXT, ZERO_SNR, smooth
 
 from tav_opt import cli, ddim, editing, inversion, tuning, video
@@ -70,6 +71,35 @@ def test_latents_come_back_within_a_hundredth(unet, tensors):
         errors.append(float((back - source).norm() / source.norm()))
     assert errors[1] <= 0.01 and errors[1] < errors[0] / 4, errors
     assert predict.calls <= 2.75 * config.steps, predict.calls
+
+
+@pytest.mark.parametrize("iterations", [0, 5])
+@pytest.mark.parametrize("at", [0, 3, 15], ids=lambda at: f"call {at}")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_breaks_is_said(value, at, iterations):
+    predict = Counted(lambda *given: smooth(*given) if predict.calls - 1 != at else torch.full_like(START, value))
+    with pytest.raises(FloatingPointError, match="inversion: the network answers with NaN or infinity"):
+        inversion.invert(predict, START, TEXT, ddim.Schedule.from_config(SD), replace(REFINED, iterations=iterations))
+
+
+def test_nothing_stays_nothing():
+    """Latents of zeros, of which a network that predicts zeros changes nothing."""
+    found = inversion.invert(
+        lambda x, *_: torch.zeros_like(x), torch.zeros_like(START), TEXT, ddim.Schedule.from_config(SD), REFINED
+    )
+    assert torch.equal(found, torch.zeros_like(START))
+
+
+@pytest.mark.parametrize("iterations", [0, 5])
+def test_it_can_be_stopped_before_every_call(iterations):
+    config = replace(REFINED, iterations=iterations)
+    predict, told = Counted(smooth), []
+    inversion.invert(predict, START, TEXT, ddim.Schedule.from_config(SD), config, on_call=lambda: told.append(1))
+    assert len(told) == predict.calls
+    predict = Counted(smooth)
+    with pytest.raises(ddim.Stopped):
+        inversion.invert(predict, START, TEXT, ddim.Schedule.from_config(SD), config, on_call=Stop(3, ddim.Stopped()))
+    assert predict.calls == 3
 
 
 def test_a_step_that_has_no_inverse_is_refused():

@@ -112,6 +112,41 @@ def test_a_base_that_is_a_folder_is_named_without_the_folders_above_it(hub, tune
     assert len(hub.pushed) == 2, "a further push is another commit of the same repository"
 
 
+def test_of_what_was_added_and_of_relative_paths_names_are_left(hub, tuned, capsys):
+    """Paths in the description that tuning on LoRAs leaves, and a video that was named from the folder above."""
+    description = read_json(tuned / "checkpoint.json")
+    description["additions"] = {
+        "loras": ["/home/someone/style.safetensors:0.5"], "embeddings": ["/home/someone/cat.pt:<my cat>"],
+        "vae": "/home/someone/vae",
+    }  # fmt: skip
+    description |= {"inversion_iterations": 3, "base": "~/someone/sd"}
+    description["settings"]["source"] = {"video": "../someone/private/me.mp4"}
+    (tuned / "checkpoint.json").write_text(json.dumps(description))
+    sharing.push(tuned, "owner/skiing")
+    files = hub.pushed[0]
+    assert not any(b"someone" in content for content in files.values())
+    pushed = json.loads(files["checkpoint.json"])
+    assert pushed["settings"]["source"] == {"video": "me.mp4"} and pushed["base"] == "sd"
+    assert pushed["additions"] == {
+        "loras": ["style.safetensors:0.5"], "embeddings": ["cat.pt:<my cat>"], "vae": "vae",
+    }  # fmt: skip
+    card = files["README.md"].decode()
+    added = "--lora style.safetensors:0.5 --embedding 'cat.pt:<my cat>' --vae vae --base DIRECTORY"
+    assert f"--out edit.mp4 {added}" in card and f"tav-opt export owner/skiing {added}" in card
+    assert "| its loras | style.safetensors:0.5 |" in card and "of 3 iterations each" in card
+    facts, words = told(capsys, tuned)
+    assert facts["additions"] == description["additions"] and facts["inversion_iterations"] == 3
+    assert "style.safetensors:0.5" in words
+
+
+def test_a_picture_that_is_given_goes_before_the_runs_own_of_its_name(hub, tuned, tmp_path):
+    (tmp_path / "mine").mkdir()
+    video.write_png(tmp_path / "mine" / "preview.png", FRAMES[1])
+    sharing.push(tuned, "owner/skiing", sharing.CardConfig(pictures=(tmp_path / "mine" / "preview.png",)))
+    assert hub.pushed[0]["preview.png"] == (tmp_path / "mine" / "preview.png").read_bytes()
+    assert hub.pushed[0]["README.md"].decode().count("![](preview.png)") == 1
+
+
 def test_what_is_in_the_cache_serves_without_the_hub(hub, tuned, monkeypatch):
     sharing.push(tuned, "owner/skiing")
     ClipFolder.at("owner/skiing")
@@ -250,6 +285,13 @@ def test_an_edit_is_told_from_its_file(tmp_path, capsys, name):
     assert facts["kind"] == "edit" and facts["settings"] == made and "ein Löwe 🦁" in words
     assert facts.get("frames") == (None if name == "one.png" else 3)
     assert facts["height"] == facts["width"] == 64 and facts["bytes"] > 100
+
+
+def test_settings_of_strangers_are_shown_whatever_they_are(tmp_path, capsys):
+    made = {"software": "tav-opt 0.0", "x_bytes": "a", "bytes_": 1, "y_bytes": [1], "z_bytes": 10**400, "n_bytes": None}
+    video.write_png(tmp_path / "e.png", FRAMES[0], made | {"of_bytes": {"one": True, "two": 2e6}})
+    facts, words = told(capsys, tmp_path / "e.png")
+    assert facts["settings"]["x_bytes"] == "a" and "2.0 MB" in words and "True" in words
 
 
 def test_what_is_not_ours_is_one_line(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -31,14 +32,14 @@ def tone() -> np.ndarray:
     return np.stack([heard, heard]).astype(np.float32)
 
 
-def recorded(path: Path, codec: str, container: str) -> Path:
+def recorded(path: Path, codec: str, container: str, rate: int = RATE) -> Path:
     """Four seconds of moving noise with the tone."""
     random = np.random.default_rng(0)
     with av.open(str(path), "w", format=container) as file:
         pictures = file.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
         pictures.width = pictures.height = SIDE
         pictures.pix_fmt = "yuv420p"
-        heard = file.add_stream(codec, rate=RATE, layout="stereo")
+        heard = file.add_stream(codec, rate=rate, layout="stereo")
         for _ in range(FPS * SECONDS):
             pixels = random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
             file.mux(pictures.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -46,6 +47,7 @@ def recorded(path: Path, codec: str, container: str) -> Path:
         for at in range(0, RATE * SECONDS, 1000):
             frame = av.AudioFrame.from_ndarray(tone()[:, at : at + 1000].copy(), format="fltp", layout="stereo")
             frame.rate, frame.pts = RATE, at
+            frame.time_base = Fraction(1, RATE)
             file.mux(heard.encode(frame))
         file.mux(heard.encode(None))
     return path
@@ -63,7 +65,7 @@ def loud(data: bytes) -> tuple[float, float, float]:
     with av.open(io.BytesIO(data)) as file:
         for frame in file.decode(audio=0):
             at = round(float(frame.pts * frame.time_base) * RATE)
-            values = np.abs(frame.to_ndarray()[0])[: len(heard) - max(at, 0)]
+            values = np.abs(frame.to_ndarray()[0]).repeat(RATE // frame.rate)[: len(heard) - max(at, 0)]
             heard[max(at, 0) : max(at, 0) + len(values)] = values
             end = (at + len(values)) / RATE
     where = np.flatnonzero(heard > 0.2)
@@ -114,6 +116,53 @@ def test_what_players_of_mp4_do_not_know_is_encoded_anew(tmp_path, codec, contai
     with av.open(io.BytesIO(data)) as file:
         assert file.streams.audio[0].codec_context.name == kept
     near(loud(data), (1.0, 1.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("codec", "rate", "kept"),
+    [
+        ("pcm_s16le", 192_000, ("aac", 48_000)),
+        ("pcm_s16le", 37_000, ("aac", 48_000)),
+        ("mp3", 44_100, ("mp3", 44_100)),
+        ("mp3", 8_000, ("aac", 8_000)),
+    ],
+)
+def test_rates_that_neither_aac_nor_mp4_have(tmp_path, codec, rate, kept):
+    path = recorded(tmp_path / "source.mkv", codec, "matroska", rate)
+    clip = video.read(path, start=30, count=60)
+    data = video.encode_mp4(clip.frames, clip.fps, {"a": 1}, sound=clip.sound)
+    with av.open(io.BytesIO(data)) as file:
+        found = file.streams.audio[0].codec_context
+        assert (found.codec.canonical_name, found.sample_rate) == kept
+    begin, end, length = loud(data)
+    near((begin, end), (1.0, 1.5))
+    assert abs(length - 2.0) < 0.06 + 1024 / kept[1], "more than a packet beyond the pictures"
+    if codec == kept[0]:
+        copied, own = packets(data), packets(path.read_bytes())
+        assert copied and any(own[at : at + len(copied)] == copied for at in range(len(own))), "it was encoded anew"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"no Matroska",
+        lambda data: data[: len(data) // 20],
+        lambda data: data[:600] + bytes(255 - byte for byte in data[600:]),
+        lambda data: Path(__file__).read_bytes(),
+    ],
+)
+def test_sound_that_is_damaged_costs_no_picture(tmp_path, caplog, damage):
+    path = recorded(tmp_path / "source.mkv", "flac", "matroska")
+    clip = video.read(path, start=30, count=60)
+    bare, broken = video.encode_mp4(clip.frames, clip.fps, {"a": 1}), damage(clip.sound)
+    data = video.encode_mp4(clip.frames, clip.fps, {"a": 1}, sound=broken)
+    assert np.array_equal(video.decode(data).frames, video.decode(bare).frames)
+    assert sound.added(bare, broken) == bare or has_sound(data)
+    if not has_sound(data):
+        assert data == bare and "the sound is left out: " in caplog.text
+    video.write(tmp_path / "edit.mp4", clip.frames, clip.fps, sound=broken)
+    assert len(video.read(tmp_path / "edit.mp4").frames) == 60
 
 
 def test_sound_is_added_to_a_file_that_was_encoded_elsewhere(source):

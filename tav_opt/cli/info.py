@@ -45,7 +45,7 @@ def _lines(facts: Mapping[str, Any], indent: str = "", *, bytes_all: bool = Fals
         if isinstance(value, Mapping):
             yield f"{indent}{words}:"
             yield from _lines(value, f"{indent}  ", bytes_all=are_bytes)
-        elif are_bytes:
+        elif are_bytes and type(value) in (int, float) and 0 <= value < 1e18:  # of strangers' files it may be anything
             size = f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value} bytes"
             yield f"{indent}{words:{width}}  {size}"
         else:

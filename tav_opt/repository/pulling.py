@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,26 @@ def pull(url: str, repository: PathLike, on_folder: Callable[[Pulled], object] |
     version = version_folder(repository)
     found = []
     with locked(version):
-        for folder, kind in source.folders():
-            found.append(_fetched(source, folder, kind, version))
+        for folder, manifest in source.folders():
+            found.append(_fetched(source, folder, manifest, version))
             if on_folder is not None:
                 on_folder(found[-1])
         write_model_files(Path(repository))
     existing(repository)
     return found
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """Of a folder, read once: what has been looked through is what is installed."""
+
+    content: bytes
+    found: dict[str, Any]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 by name."""
+        return dict(self.found.get("files", {}))
 
 
 class _Source:
@@ -75,22 +89,23 @@ class _Source:
             raise InputError(f"{url}: {first_line(error)}") from None
         self._root = version_folder(PurePosixPath(root)).as_posix()  # type: ignore[arg-type]
 
-    def folders(self) -> Iterator[tuple[str, type[schemas.Manifest]]]:
-        """What a clip needs before it, each once: names below the version folder, and what their manifests say."""
+    def folders(self) -> Iterator[tuple[str, _Manifest]]:
+        """What a clip needs before it, each once: names below the version folder, and their manifests."""
         clips = [path for path in self._manifests("clips") if CLIP_NAME.match(path.parent.name)]
         if not clips:
             raise InputError(f"{self._url} holds no model repository with clips: {self._root}/clips is empty or absent")
         seen = set[str]()
         for path in clips:
             clip = path.parent.name
-            described = self.manifest(f"clips/{clip}", schemas.ClipDescription)
-            base = f"base/{ClipInfo.from_json(described).exported_base}"
+            described = self._manifest(f"clips/{clip}", schemas.ClipDescription)
+            base = f"base/{ClipInfo.from_json(described.found).exported_base}"
             if base not in seen:
                 seen.add(base)
-                yield base, schemas.BaseManifest
+                yield base, self._manifest(base, schemas.BaseManifest)
                 for engines in self._manifests(f"{base}/{ENGINES}"):
-                    yield f"{base}/{ENGINES}/{engines.parent.name}", schemas.Manifest
-            yield f"clips/{clip}", schemas.ClipDescription
+                    folder = f"{base}/{ENGINES}/{engines.parent.name}"
+                    yield folder, self._manifest(folder, schemas.Manifest)
+            yield f"clips/{clip}", described
 
     def _manifests(self, parent: str) -> list[PurePosixPath]:
         with self._told():
@@ -100,13 +115,13 @@ class _Source:
                 found = []
         return [path for path in map(PurePosixPath, sorted(found)) if not path.parent.name.startswith(".")]
 
-    def manifest(self, folder: str, kind: type[schemas.Manifest]) -> dict[str, Any]:
+    def _manifest(self, folder: str, kind: type[schemas.Manifest]) -> _Manifest:
         """Of a folder, looked through as one that is here."""
         with tempfile.TemporaryDirectory() as here:
             self.fetch(folder, MANIFEST, Path(here))
-            found = read_object(Path(here) / MANIFEST)
-        schemas.check(kind, found, f"{self._url}: {folder}/{MANIFEST}")
-        return found
+            manifest = _Manifest((Path(here) / MANIFEST).read_bytes(), read_object(Path(here) / MANIFEST))
+        schemas.check(kind, manifest.found, f"{self._url}: {folder}/{MANIFEST}")
+        return manifest
 
     def fetch(self, folder: str, name: str, here: Path) -> None:
         """One file into a folder."""
@@ -121,25 +136,43 @@ class _Source:
             raise InputError(f"{self._url} cannot be read: {type(error).__name__}: {first_line(error)}") from None
 
 
-def _fetched(source: _Source, folder: str, kind: type[schemas.Manifest], version: Path) -> Pulled:
-    """A folder, which takes the place of the one of its name where that is another."""
+def _fetched(source: _Source, folder: str, manifest: _Manifest, version: Path) -> Pulled:
+    """A folder, which takes the place of the one of its name where that is another; of a base, engines stay."""
     place = within(version, _place(version, folder))
-    manifest = source.manifest(folder, kind)
     if _is_here(place, manifest):
         return Pulled(name=folder, size=0)
-    fresh, old = (place.with_name(f".{place.name}.{state}") for state in ("fresh", "old"))
-    with whole(fresh) as temporary:
-        temporary.mkdir()
-        for name in (*manifest.get("files", {}), MANIFEST):
-            source.fetch(folder, name, temporary)
-        if changed := altered(temporary, manifest.get("files", {})):
-            raise InputError(f"{folder}/{changed[0]} is not what its manifest says: it was altered, or cut short")
-        size = sum(path.stat().st_size for path in temporary.iterdir())
-    if place.exists() or place.is_symlink():
-        os.replace(place, old)
-    os.replace(fresh, place)
-    discard(old)
+    engines = place.parent if place.parent.name == ENGINES else place / ENGINES
+    has_engines = engines.is_dir() and not place.is_symlink()  # what a link leads to stays where it is
+    with locked(engines) if has_engines else nullcontext():  # those that are being built are finished first
+        fresh, old = (place.with_name(f".{place.name}.{state}") for state in ("fresh", "old"))
+        with whole(fresh) as temporary:
+            temporary.mkdir()
+            for name in manifest.files:
+                source.fetch(folder, name, temporary)
+            if changed := altered(temporary, manifest.files):
+                raise InputError(f"{folder}/{changed[0]} is not what its manifest says: it was altered, or cut short")
+            (temporary / MANIFEST).write_bytes(manifest.content)
+            size = sum(path.stat().st_size for path in temporary.iterdir())
+            if has_engines and engines.parent == place:
+                shutil.copytree(engines, temporary / ENGINES, ignore=_on_its_way, copy_function=_linked)
+        if place.exists() or place.is_symlink():
+            os.replace(place, old)
+        os.replace(fresh, place)
+        discard(old)
     return Pulled(name=folder, size=size)
+
+
+def _on_its_way(_folder: str, names: list[str]) -> set[str]:
+    """What is only half there; but the lock stays the same file for all who wait for it."""
+    return {name for name in names if name.startswith(".") and name != ".lock"}
+
+
+def _linked(source: str, target: str) -> str:
+    """The same file by another name, so that it is lost at no moment; a copy where there are no hard links."""
+    with suppress(OSError):
+        os.link(source, target)
+        return target
+    return shutil.copy2(source, target)
 
 
 def _place(version: Path, folder: str) -> Path:
@@ -150,8 +183,8 @@ def _place(version: Path, folder: str) -> Path:
     return base_folder(version, name).joinpath(*engines)
 
 
-def _is_here(place: Path, manifest: dict[str, Any]) -> bool:
+def _is_here(place: Path, manifest: _Manifest) -> bool:
     try:
-        return read_object(place / MANIFEST) == manifest and not altered(place, manifest.get("files", {}))
+        return read_object(place / MANIFEST) == manifest.found and not altered(place, manifest.files)
     except InputError:
         return False

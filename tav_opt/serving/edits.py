@@ -73,7 +73,8 @@ class Editor:
         """Answers one request: sends a progress response after every step and returns the last response.
 
         `tensors` are STREAM_INPUTS, responses STREAM_OUTPUTS. Raises InputError for a bad request, what `clips` raises,
-        Unavailable where memory is short, and within one step what `go_on` raises.
+        Unavailable where memory is short, FloatingPointError where an inversion comes to nothing, and what `go_on`
+        raises, within one step or call of the network.
         """
         go_on()
         request = from_tensors(tensors)
@@ -124,7 +125,7 @@ class Editor:
         def compute() -> Tensor:
             frames = self._frames(engine, request, progress)
             with report.stage("invert"):
-                return editing.start_latents(engine, config, frames, progress.step)
+                return editing.start_latents(engine, config, frames, progress.step, on_call=progress.go_on)
 
         name = key(engine.revision, inversion, _content(request))
         latents, report.inversion = self.inversions.get(name, compute, progress.go_on)

@@ -288,14 +288,13 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str, sound: 
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = ITU709
         context.color_range = LIMITED_RANGE
-        track = None if sound is None else sounds.Track(container, sound)
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=ITU709, dst_color_range=LIMITED_RANGE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-        if track is not None:
-            track.write()
+    if sound is not None:
+        path.write_bytes(sounds.added(path.read_bytes(), sound))
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float, comment: str, _sound: bytes | None) -> None:

@@ -15,6 +15,9 @@ _LOG = logging.getLogger(__name__)
 
 IN_MP4 = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Codecs that players of MP4 know; another one is encoded anew, as AAC."""
+MP3_MIN_RATE = 16_000
+"""MP4 holds none below."""
+AAC_RATE = 48_000
 MAX_BYTES = 64 << 20
 """Of the sound of a clip: minutes even where it is not compressed."""
 
@@ -63,51 +66,71 @@ def _between(source: Any, stream: Any, begin: float, end: float) -> Iterator[Any
             yield packet
 
 
-class Track:
-    """Sound on its way into an MP4: its stream is there before the first frame is written."""
-
-    def __init__(self, container: Any, matroska: bytes) -> None:
-        import av
-
-        self._container = container
-        self._source = av.open(io.BytesIO(matroska), format="matroska")
-        self._stream = self._source.streams.audio[0]
-        if self._stream.codec_context.name in IN_MP4:
-            self._target, self._encodes = container.add_stream_from_template(self._stream), False
-        else:
-            self._target, self._encodes = container.add_stream("aac", rate=self._stream.codec_context.sample_rate), True
-
-    def write(self) -> None:
-        """All of it."""
-        with self._source:
-            if self._encodes:
-                for frame in self._source.decode(self._stream):
-                    self._container.mux(self._target.encode(frame))
-                self._container.mux(self._target.encode(None))
-                return
-            for packet in self._source.demux(self._stream):
-                if packet.pts is not None:
-                    packet.stream = self._target
-                    self._container.mux(packet)
-
-
 def added(mp4: bytes, matroska: bytes) -> bytes:
-    """An MP4 with a sound beside its video, which is copied, and its metadata."""
+    """An MP4 with a sound beside its video, which is copied, and its metadata.
+
+    Without one, which is logged, where the sound cannot be read or written: the pictures are worth having.
+    """
     import av
 
     with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a file
         path = Path(folder) / "clip.mp4"
-        with (
-            av.open(io.BytesIO(mp4), format="mp4") as source,
-            av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as target,
-        ):
-            target.metadata.update(source.metadata)
-            video = source.streams.video[0]
-            copy = target.add_stream_from_template(video)
-            track = Track(target, matroska)
-            for packet in source.demux(video):
-                if packet.dts is not None:
-                    packet.stream = copy
-                    target.mux(packet)
-            track.write()
+        try:
+            with (
+                av.open(io.BytesIO(mp4), format="mp4") as pictures,
+                av.open(io.BytesIO(matroska), format="matroska") as heard,
+                av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as target,
+            ):
+                target.metadata.update(pictures.metadata)
+                _join(target, pictures, heard)
+        except Exception as error:  # strangers' sound, many codecs: each fails in its own way
+            _LOG.warning("the sound is left out: %s", getattr(error, "strerror", None) or error)
+            return mp4
         return path.read_bytes()
+
+
+def _join(target: Any, pictures: Any, heard: Any) -> None:
+    """All packets of both, whose streams are there before the first is written."""
+    video, audio = pictures.streams.video[0], heard.streams.audio[0]
+    copy = target.add_stream_from_template(video)
+    packets = (_copied if _is_known(audio.codec_context) else _encoded)(target, heard, audio)
+    for packet in pictures.demux(video):
+        if packet.dts is not None:
+            packet.stream = copy
+            target.mux(packet)
+    for packet in packets:
+        target.mux(packet)
+
+
+def _is_known(codec: Any) -> bool:
+    """Whether it goes into an MP4 as it is; decoders have names of their own, as `mp3float`."""
+    name = codec.codec.canonical_name
+    return name in IN_MP4 and (name != "mp3" or codec.sample_rate >= MP3_MIN_RATE)
+
+
+def _copied(target: Any, heard: Any, audio: Any) -> Iterator[Any]:
+    copy = target.add_stream_from_template(audio)
+
+    def packets() -> Iterator[Any]:
+        for packet in heard.demux(audio):
+            if packet.pts is not None:
+                packet.stream = copy
+                yield packet
+
+    return packets()
+
+
+def _encoded(target: Any, heard: Any, audio: Any) -> Iterator[Any]:
+    """As AAC, at 48 kHz where AAC does not have the rate."""
+    import av
+
+    rate = audio.codec_context.sample_rate
+    rate = rate if rate in (av.Codec("aac", "w").audio_rates or ()) else AAC_RATE
+    encoder = target.add_stream("aac", rate=rate)
+
+    def packets() -> Iterator[Any]:
+        for frame in heard.decode(audio):
+            yield from encoder.encode(frame)
+        yield from encoder.encode(None)
+
+    return packets()

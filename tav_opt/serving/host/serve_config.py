@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,13 @@ from tav_opt.serving.log import LogFormat
 
 Port = Annotated[int, Within(0, 65535)]
 
-_OURS = re.compile(
-    r"--(id|model-(store|repository|control-mode)|load-model|repository-poll-secs|backend-directory|cache-directory|"
-    r"allow-(http|grpc|metrics|sagemaker|vertex-ai)|(http|grpc|metrics)-(address|port|restricted-(api|protocol))|"
-    r"reuse-(http|grpc)-port|grpc-(use-ssl(-mutual)?|server-cert|server-key|root-cert)|trace-\w+|log-(file|format)|"
-    r"exit-timeout-secs|disable-auto-complete-config|strict-model-config)(=|\Z)"
+_OURS = frozenset(
+    "id model-store model-repository model-control-mode load-model repository-poll-secs backend-directory "
+    "cache-directory allow-http allow-grpc allow-metrics allow-sagemaker allow-vertex-ai "
+    "http-address grpc-address metrics-address http-port grpc-port metrics-port reuse-http-port reuse-grpc-port "
+    "http-restricted-api grpc-restricted-protocol grpc-use-ssl grpc-use-ssl-mutual grpc-server-cert grpc-server-key "
+    "grpc-root-cert trace-file trace-level trace-rate trace-count trace-log-frequency trace-config log-file log-format "
+    "exit-timeout-secs disable-auto-complete-config strict-model-config".split()
 )
 """What of tritonserver's own options the host decides: where it listens, for whom, on what, and how it ends."""
 
@@ -103,8 +104,8 @@ def _check_passed_on(options: tuple[str, ...]) -> None:
     if options and not options[0].startswith("--"):
         raise InputError(f"after -- come tritonserver's options, as --log-verbose=1, not {options[0]!r}")
     for option in options:
-        if (found := _OURS.match(option)) is not None:
-            name = found[0].rstrip("=")
+        name = option.partition("=")[0]
+        if name.startswith("--") and any(f"--{ours}".startswith(name) for ours in _OURS):  # it takes beginnings too
             raise InputError(f"{name} is not passed on: tav-opt serve sets it itself (tav-opt serve --help)")
 
 
