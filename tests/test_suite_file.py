@@ -207,6 +207,9 @@ def test_results_in_tgves_layout(tmp_path: Path) -> None:
     assert [path.name for path in sorted(out.iterdir())] == ["00000.jpg", "00001.jpg"]
     picture = np.asarray(Image.open(out / "00000.jpg"))
     assert picture.shape == (480, 480, 3) and abs(picture.astype(int) - (200, 40, 90)).max() < 4
+    tgve.write_result(tmp_path, "videvo", "cars", "multiple", frames[:1] // 2)
+    (again,) = out.iterdir()
+    assert abs(np.asarray(Image.open(again)).astype(int) - (100, 20, 45)).max() < 4, "the newer result"
 
 
 def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:

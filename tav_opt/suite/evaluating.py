@@ -13,6 +13,7 @@ from tav_opt.base.directory import Base
 from tav_opt.base.image_model import load_tokenizer
 from tav_opt.config import InputError, PathLike
 from tav_opt.device import dtype_on, usable_device
+from tav_opt.files import check_place
 from tav_opt.suite import planning, ray_workers, report_folder, results
 from tav_opt.suite.scheduling import Ended, InProcess, OnEnd, Outcome, Pool, Progress, run
 from tav_opt.suite.suite_types import Suite
@@ -102,8 +103,11 @@ def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Pa
     InputError where something is not there, before anything long begins, and when the disk is full.
     """
     check(suite)
-    if tgve is not None and not all(video.source for video in suite.videos):
-        raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
+    if tgve is not None:
+        if not all(video.source for video in suite.videos):
+            raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
+        for method in suite.methods:
+            check_place(tgve / method.name / "results")
     outcome = do(suite, out, where, show, lambda place: units(suite, place))
     store = UnitStore(Path(out))
     found = results.rows(suite, outcome.units, store)
