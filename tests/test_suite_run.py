@@ -21,14 +21,14 @@ from tav_opt import checkpoint, cli, ddim, models, video
 from tav_opt.config import InputError
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.metrics.clip_encoder import DEMO
-from tav_opt.suite import captions, image_baselines, scheduling, workshop
+from tav_opt.suite import captions, image_baselines, results, scheduling, workshop
 from tav_opt.suite.captions import Captioner
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.intervals import bootstrap_interval, fleiss_kappa
 from tav_opt.suite.results import Row, as_markdown, cells, rows
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, units
+from tav_opt.suite.units import Place, Unit, measured_by, units
 
 HERE = Place(**PLACE)
 
@@ -232,7 +232,7 @@ def test_ours_is_what_tune_and_edit_make(four: Path, suite_of_four: Path, tmp_pa
     """The commands for one clip, told the same: bit for bit but for the file's compression."""
     store = UnitStore(four)
     tuned = {unit.name: unit for unit in planned(suite_of_four) if unit.kind == "tune"}
-    unit = tuned["ours--car-turn"]
+    unit = tuned["car-turn"]
     assert unit.method is not None
     engine = open_checkpoint(store.folder(unit))
     from tav_opt import editing
@@ -327,6 +327,29 @@ def test_methods_compare_on_the_edits_for_which_all_have_a_value() -> None:
     assert table["ours"]["frame consistency"].edits == 2
     told = as_markdown("x", table, ["frame consistency", "motion fidelity"])
     assert "| ours | 2 | **0.900** (0.900 … 0.900) | **0.500**, of 1 |" in told
+
+
+def test_two_encoders_in_one_table_are_refused() -> None:
+    found = [row("ours", "a", x=1.0), row("ours", "b", x=1.0)]
+    found = [replace(each, networks={"encoder": name}) for each, name in zip(found, ("CLIP", "demo"), strict=True)]
+    with pytest.raises(InputError, match="ours v-b b: encoder demo, other edits CLIP"):
+        results.check_networks(found)
+
+
+def test_a_worker_that_would_measure_by_something_else_says_so(small: Any, tmp_path: Path) -> None:
+    """As on a node without CLIP, which would take the demo's encoder, or without OpenCV."""
+    (tmp_path / "done" / "dog").mkdir(parents=True)
+    random_video(tmp_path / "done" / "dog" / "subject.mp4", FRAMES)
+    suite = read_suite(small(methods={"x": {"folder": "done"}}))
+    found = measured_by(suite.metrics)
+    other = replace(suite, measured_by=found | {"cv2": "0.0"})
+    here = workshop.Workshop(other, HERE, UnitStore(tmp_path / "out"))
+    planned = units(other, HERE)
+    for unit in planned[:2]:
+        here.do(unit)
+    with pytest.raises(InputError, match=f"would measure by cv2 {found['cv2'] or 'nothing'}, the driver by 0.0"):
+        here.do(planned[2])
+    assert not UnitStore(tmp_path / "out").done(planned[2])
 
 
 # Faults.

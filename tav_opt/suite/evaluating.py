@@ -19,7 +19,7 @@ from tav_opt.suite.scheduling import Ended, InProcess, OnEnd, Outcome, Pool, Pro
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.tgve import write_result
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, missing_files, units
+from tav_opt.suite.units import Place, Unit, measured_by, missing_files, pinned, units
 from tav_opt.suite.workshop import Workshop
 from tav_opt.video import read
 
@@ -103,6 +103,8 @@ def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Pa
     InputError where something is not there, before anything long begins, and when the disk is full.
     """
     check(suite)
+    metrics = pinned(suite.metrics)
+    suite = replace(suite, metrics=metrics, measured_by=measured_by(metrics))
     if tgve is not None:
         if not all(video.source for video in suite.videos):
             raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")

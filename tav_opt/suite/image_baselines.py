@@ -107,7 +107,7 @@ class _Injection:
     attention: bool = False
 
     def of_features(self, _module: nn.Module, _given: Any, made: Tensor) -> Tensor | None:
-        """The source's features in all rows, before the block's shortcut is added: (rows f) c h w; None: as they are."""
+        """The source's features in all rows, before the shortcut is added: (rows f) c h w; None: as they are."""
         return self.spread(made) if self.features else None
 
     def spread(self, x: Tensor) -> Tensor:

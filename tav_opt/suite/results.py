@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tav_opt.config import InputError
 from tav_opt.files import read_object
 from tav_opt.suite.intervals import grouped
 from tav_opt.suite.suite_types import Suite
@@ -78,7 +79,17 @@ def rows(suite: Suite, planned: Iterable[Unit], store: UnitStore) -> list[Row]:
                 source=source / CLIP,
             )
         )
+    check_networks(found)
     return found
+
+
+def check_networks(found: Iterable[Row]) -> None:
+    """Raises InputError where figures of one table would be of two networks."""
+    names: dict[str, str] = {}
+    for row in found:
+        for role, name in row.networks.items():
+            if names.setdefault(role, name) != name:
+                raise InputError(f"{row.method} {row.video} {row.edit}: {role} {name}, other edits {names[role]}")
 
 
 def common(found: Sequence[Row]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from tav_opt.suite.each_frame import without_sparse_causal
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, finished
+from tav_opt.suite.units import Place, Unit, finished, measured_by
 
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""
@@ -208,10 +209,20 @@ class Workshop:
             mask=None if unit.video.mask is None else _mask(unit.video.clip, unit.video.mask),
         )
         if self._networks is None:
-            self._networks = Networks.open(replace(self.suite.metrics, device=self.place.device))
+            self._networks = self._open_networks()
         measured = measure(edited, self._networks, made)
         about.update(measured.to_json())
         write_json(folder / METRICS, measured.to_json())
+
+    def _open_networks(self) -> Networks:
+        """Raises InputError where this machine would measure by other networks or libraries than the driver's."""
+        expected, metrics = self.suite.measured_by, self.suite.metrics
+        found = expected if expected is None else measured_by(metrics)
+        if expected is not None and found is not None and found != expected:
+            name = next(name for name in {**expected, **found} if found.get(name) != expected.get(name))
+            here, there = (which.get(name) or "nothing" for which in (found, expected))
+            raise InputError(f"{os.uname().nodename} would measure by {name} {here}, the driver by {there}: install it")
+        return Networks.open(replace(metrics, device=self.place.device))
 
     def _read(self, unit: Unit) -> tuple[video.Clip, str]:
         """Frames and caption of a unit's source, which has been read once."""
