@@ -97,6 +97,15 @@ def test_settings_of_the_suite_of_a_video_and_of_a_method(tmp_path: Path) -> Non
         ({"methods": {"x": {"kind": "folder"}}}, "key methods.x.folder is missing"),
         ({"methods": {"x": {"folder": "y", "edit": {}}}}, "methods.x.edit does nothing"),
         ({"methods": {"a b": None}}, "name 'a b' is not"),
+        ({"methods": {"ours": {"edit": {"solver": "unipc", "eta": 0.5}}}}, "ours: eta 0.5 with solver unipc"),
+        (
+            {"methods": {"plug-and-play": {"edit": {"inversion_iterations": 2}}}},
+            "plug-and-play.edit.inversion_iterations does nothing for a method of kind plug-and-play",
+        ),
+        (
+            {"methods": ["per-frame"], "edit": {"inversion_iterations": 2}},
+            "edit.inversion_iterations does nothing: no method is of kind tune-a-video",
+        ),
         ({"methods": {}}, "methods: give one or more"),
     ],
 )
@@ -104,6 +113,26 @@ def test_mistakes_are_one_line_that_names_them(tmp_path: Path, more: dict[str, A
     with pytest.raises(InputError, match=words) as caught:
         suite(tmp_path, **more)
     assert str(caught.value).startswith(str(tmp_path / "suite.yaml")) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    text = "model: m\nvideos: [{video: dog.mp4, caption: a dog, edits: [a cat]}]\ntune: {steps: 5}\ntune: {steps: 6}\n"
+    with pytest.raises(InputError, match=r"'tune' stands twice .*line 4"):
+        read_suite(written(tmp_path, text))
+    with pytest.raises(InputError, match="'steps' stands twice"):
+        read_suite(written(tmp_path, text.replace("tune: {steps: 6}", "edit: {steps: 6, steps: 7}")))
+    merged = "edit: &usual {steps: 6}\nmethods: {ours: {edit: {<<: *usual, steps: 7}}}"
+    found = read_suite(written(tmp_path, text.replace("tune: {steps: 6}", merged)))
+    assert found.methods[0].edit.steps == 7, "what is merged gives way, as YAML has it"
+
+
+def test_models_are_found_beside_the_file_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "sd").mkdir(parents=True)
+    (tmp_path / "sd.safetensors").touch()
+    assert suite(tmp_path, model="sd.safetensors").model == str(tmp_path / "sd.safetensors")
+    assert suite(tmp_path, model="~/sd", metrics={"clip": "~/sd"}).model == str(tmp_path / "home" / "sd")
+    assert suite(tmp_path, model="owner/name").model == "owner/name"
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -383,6 +383,8 @@ from tav_opt.suite.units import content as workshop_units  # noqa: E402
         ({"methods": {"ours": None, "x": {"folder": "done"}}}, "done/dog/subject"),
         ({"model": "nowhere"}, "model 'nowhere' is neither"),
         ({"metrics": {"clip": "nowhere"}}, "model 'nowhere' is neither"),
+        ({"edit": {"negative_prompt": "a blurred panda " * 4}}, "ours: 'a blurred panda"),
+        ({"clip": {"frames": FRAMES, "height": 60, "width": 64}}, "dog: size 64×60 is not a multiple of"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_done(

@@ -81,19 +81,26 @@ def _told(seconds: float) -> str:
 
 
 def check(suite: Suite) -> None:
-    """Raises InputError naming what is not there, or too long to be read, before anything long begins."""
+    """Raises InputError naming what is not there, too long to be read, or of no size of the model's, before all that is long."""
     if gone := missing_files(suite):
         more = f", and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")
     if all(method.kind == "folder" for method in suite.methods):
         return
-    tokenizer = load_tokenizer(Base.at(suite.model))
+    base = Base.at(suite.model)
+    tokenizer = load_tokenizer(base)
+    negative = [(method.name, method.edit.negative_prompt) for method in suite.methods if method.kind != "folder"]
+    own = [(video.name, text) for video in suite.videos for text in (video.caption, *(e.prompt for e in video.edits))]
+    for name, text in (*negative, *own):
+        try:
+            models.tokenize(tokenizer, text or "")
+        except InputError as error:
+            raise InputError(f"{suite.file}: {name}: {text!r}: {error}") from None
     for video in suite.videos:
-        for text in (video.caption or "", *(edit.prompt for edit in video.edits)):
-            try:
-                models.tokenize(tokenizer, text)
-            except InputError as error:
-                raise InputError(f"{suite.file}: {video.name}: {text!r}: {error}") from None
+        try:
+            models.check_size(video.clip.height, video.clip.width, base.vae_factor)
+        except InputError as error:
+            raise InputError(f"{suite.file}: {video.name}: {error}") from None
 
 
 def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Path | None = None) -> Outcome:
