@@ -291,6 +291,15 @@ def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:
     (bear,) = read("editboard", as_csv(tmp_path / "s.csv", [columns, *rows]), tmp_path, None, clip_at)
     assert [edit.name for edit in bear.edits] == ["bear_a", "bear_b"] and bear.mask == tmp_path / "sample/bear_mask"
 
+    for column, other, words in (
+        (0, "./other/bear", "two paths"),
+        (2, "./sample/bear_mask_2", "two masks"),
+        (3, "a brown bear", "two source prompts"),
+    ):
+        changed = [rows[0], [other if index == column else cell for index, cell in enumerate(rows[1])]]
+        with pytest.raises(InputError, match=f"bear has {words}: .*{Path(other).name}"):
+            read("editboard", as_csv(tmp_path / "s.csv", [columns, *changed]), tmp_path, None, clip_at)
+
     prompts = tmp_path / "edit_prompt"
     prompts.mkdir()
     for number in (1, 3):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from suites import CLIPS, FRAMES, PLACE, SIDE, entry, random_video, settings, written
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
@@ -371,6 +372,21 @@ def test_a_broken_video_is_reported_and_the_others_are_done(
     workshop_units.cache_clear()
     status, _, error = evaluate(capsys, path, "--out", tmp_path / "out")
     assert status == 0 and len(ended(error)) == 4, "only what was broken"
+
+
+@pytest.mark.parametrize(
+    ("white", "frames", "words"),
+    [(False, 2, "need 5; it has 2"), (True, 5, "is white all over"), (False, 0, "holds no images")],
+)
+def test_a_mask_that_will_not_do_is_said_before_tuning(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], white: bool, frames: int, words: str
+) -> None:
+    (tmp_path / "mask").mkdir()
+    picture = np.full((64, 64), 255 if white else 0, np.uint8)
+    for number in range(frames):
+        Image.fromarray(picture).save(tmp_path / "mask" / f"{number}.png")
+    status, _, error = evaluate(capsys, small(videos=[entry("dog.mp4", mask="mask")]), "--out", tmp_path / "out")
+    assert status == 1 and ended(error) == ["source dog"] and words in error and "3 units need what failed" in error
 
 
 from tav_opt.suite.units import content as workshop_units  # noqa: E402

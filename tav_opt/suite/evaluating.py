@@ -81,7 +81,7 @@ def _told(seconds: float) -> str:
 
 
 def check(suite: Suite) -> None:
-    """Raises InputError naming what is not there, too long to be read, or of no size of the model's, before all that is long."""
+    """Raises InputError before anything long begins: what is not there, is too long to be read, or of a wrong size."""
     if gone := missing_files(suite):
         more = f", and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tav_opt import checkpoint, ddim, editing, models, tuning, tuning_state, video
 from tav_opt.base.directory import Base
-from tav_opt.config import ClipConfig, InputError
+from tav_opt.config import InputError
 from tav_opt.device import usable_device
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
 from tav_opt.files import read_object, write_json
 from tav_opt.metrics.edited import Edited
-from tav_opt.metrics.masks import HALF
+from tav_opt.metrics.masks import fitted_mask
 from tav_opt.metrics.measuring import Networks, measure
 from tav_opt.models import StableDiffusion
 from tav_opt.solvers import solver
@@ -109,6 +109,8 @@ class Workshop:
 
     def _source(self, unit: Unit, folder: Path, _about: dict[str, Any], _on_step: OnStep) -> None:
         clip = video.read(unit.video.clip)
+        if unit.video.mask is not None:  # looked at now, not after all tuning; measured by as it is then
+            fitted_mask(unit.video.mask, unit.video.clip)
         caption = unit.video.caption
         if caption is None:
             assert self.suite.captioner is not None
@@ -206,7 +208,7 @@ class Workshop:
             source=clip.frames,
             prompt=unit.edit.prompt,
             source_prompt=caption,
-            mask=None if unit.video.mask is None else _mask(unit.video.clip, unit.video.mask),
+            mask=None if unit.video.mask is None else fitted_mask(unit.video.mask, unit.video.clip),
         )
         if self._networks is None:
             self._networks = self._open_networks()
@@ -266,8 +268,3 @@ def _sampled(
         generator=torch.Generator().manual_seed(config.seed),
         on_step=on_step,
     )
-
-
-def _mask(clip: ClipConfig, mask: Path) -> np.ndarray:
-    """The mask's frames chosen and fitted as the clip's are: bool (f, H, W), true where the picture may change."""
-    return video.read(replace(clip, video=mask)).frames.max(-1) >= HALF
