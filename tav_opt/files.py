@@ -73,6 +73,20 @@ def whole(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """As `whole`, for a folder that takes the place of one that is there, which stays as it was if the block fails."""
+    fresh, old = (path.with_name(f".{path.name}.{age}") for age in ("fresh", "old"))
+    discard(fresh)
+    with whole(fresh) as folder:
+        yield folder
+    discard(old)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(fresh, path)
+    discard(old)
+
+
 def sweep(folder: Path) -> None:
     """Removes what processes that were killed left half-written in a folder: what nobody holds the lock of."""
     for left in folder.glob(f"{_BESIDE}*"):

@@ -77,10 +77,24 @@ def read_reference_config(path: PathLike) -> RunConfig:
         raise InputError(f"{path}: {error}") from None
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's own loader takes the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value[:60]!r} stands twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; raises InputError for what cannot be read or holds none."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), _OnceEach)  # nosec B506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, ViTConfig, ViTModel
 
 from tav_opt import cli, video
-from tav_opt.config import InputError, MetricsConfig
+from tav_opt.config import ClipConfig, InputError, MetricsConfig
 from tav_opt.metrics import clip_encoder, clip_scores
 from tav_opt.metrics.clip_encoder import DEMO, DEMO_NAME, ClipEncoder
 from tav_opt.metrics.embeddings import image_embeddings
-from tav_opt.metrics.masks import read_mask
+from tav_opt.metrics.masks import fitted_mask, read_mask
 from tav_opt.metrics.structure_distance import Vit
 
 RANDOM = np.random.default_rng(2)
@@ -197,10 +198,29 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
     palette.putpalette([0, 0, 0, 128, 0, 0])  # DAVIS' first object
     palette.save(tmp_path / "davis.png")
     assert (read_mask(tmp_path / "davis.png") == shown[:1]).all()
+    palette.putpalette([0, 0, 0, 64, 0, 0])  # a later object
+    palette.save(tmp_path / "davis.png")
+    assert (read_mask(tmp_path / "davis.png") == shown[:1]).all()
     (tmp_path / "text.png").write_text("no picture")
     for name, words in (("none.png", "none.png does not exist"), ("text.png", "text.png is not a whole image")):
         with pytest.raises(InputError, match=words):
             read_mask(tmp_path / name)
+
+
+def test_dark_objects_keep_their_place_when_masks_are_fitted(tmp_path: Path) -> None:
+    """DAVIS' palette has (64, 0, 0), (0, 64, 0), …; the middle half of twice the size is fitted to one."""
+    shown = np.zeros((64, 128), np.uint8)
+    shown[16:48, 40:64], shown[16:48, 64:80] = 1, 2
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        picture = Image.fromarray(shown, mode="P")
+        picture.putpalette([0, 0, 0, 64, 0, 0, 0, 64, 0])
+        picture.save(tmp_path / "masks" / f"{number}.png")
+    clip = ClipConfig(video=tmp_path / "absent.mp4", frames=2, stride=2, height=32, width=32)
+    mask = fitted_mask(tmp_path / "masks", clip)
+    assert mask.shape == (2, 32, 32) and (mask == (shown > 0)[::2, 32:96:2]).mean() > 0.99
+    with pytest.raises(InputError, match="frames from start 0, stride 2 need 5; it has 3"):
+        fitted_mask(tmp_path / "masks", replace(clip, frames=3))
 
 
 # The command.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from PIL import Image
 from suites import entry, random_video, written
 
 from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig
+from tav_opt.metrics.left_out import LeftOut
 from tav_opt.suite import tgve
+from tav_opt.suite import units as module
 from tav_opt.suite.manifests import READERS, read
 from tav_opt.suite.planning import Plan, plan_of, table
 from tav_opt.suite.suite_file import read_suite
@@ -94,6 +97,15 @@ def test_settings_of_the_suite_of_a_video_and_of_a_method(tmp_path: Path) -> Non
         ({"methods": {"x": {"kind": "folder"}}}, "key methods.x.folder is missing"),
         ({"methods": {"x": {"folder": "y", "edit": {}}}}, "methods.x.edit does nothing"),
         ({"methods": {"a b": None}}, "name 'a b' is not"),
+        ({"methods": {"ours": {"edit": {"solver": "unipc", "eta": 0.5}}}}, "ours: eta 0.5 with solver unipc"),
+        (
+            {"methods": {"plug-and-play": {"edit": {"inversion_iterations": 2}}}},
+            "plug-and-play.edit.inversion_iterations does nothing for a method of kind plug-and-play",
+        ),
+        (
+            {"methods": ["per-frame"], "edit": {"inversion_iterations": 2}},
+            "edit.inversion_iterations does nothing: no method is of kind tune-a-video",
+        ),
         ({"methods": {}}, "methods: give one or more"),
     ],
 )
@@ -101,6 +113,26 @@ def test_mistakes_are_one_line_that_names_them(tmp_path: Path, more: dict[str, A
     with pytest.raises(InputError, match=words) as caught:
         suite(tmp_path, **more)
     assert str(caught.value).startswith(str(tmp_path / "suite.yaml")) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    text = "model: m\nvideos: [{video: dog.mp4, caption: a dog, edits: [a cat]}]\ntune: {steps: 5}\ntune: {steps: 6}\n"
+    with pytest.raises(InputError, match=r"'tune' stands twice .*line 4"):
+        read_suite(written(tmp_path, text))
+    with pytest.raises(InputError, match="'steps' stands twice"):
+        read_suite(written(tmp_path, text.replace("tune: {steps: 6}", "edit: {steps: 6, steps: 7}")))
+    merged = "edit: &usual {steps: 6}\nmethods: {ours: {edit: {<<: *usual, steps: 7}}}"
+    found = read_suite(written(tmp_path, text.replace("tune: {steps: 6}", merged)))
+    assert found.methods[0].edit.steps == 7, "what is merged gives way, as YAML has it"
+
+
+def test_models_are_found_beside_the_file_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "sd").mkdir(parents=True)
+    (tmp_path / "sd.safetensors").touch()
+    assert suite(tmp_path, model="sd.safetensors").model == str(tmp_path / "sd.safetensors")
+    assert suite(tmp_path, model="~/sd", metrics={"clip": "~/sd"}).model == str(tmp_path / "home" / "sd")
+    assert suite(tmp_path, model="owner/name").model == "owner/name"
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
@@ -127,7 +159,7 @@ def test_a_unit_is_known_by_all_that_it_depends_on(small, tmp_path: Path) -> Non
     assert keys(small(methods=methods)) == before
     tuned = keys(small(methods=methods, tune={"steps": 3, "inversion_steps": 2}))
     changed = {name for name in before if tuned[name] != before[name]}
-    assert changed == {"ours--dogtune", "ours--dog--subjectedit", "ours--dog--subjectmeasure"}
+    assert changed == {"dogtune", "ours--dog--subjectedit", "ours--dog--subjectmeasure"}
     saved = keys(small(methods=methods, tune={"steps": 2, "inversion_steps": 2, "save_every": 7}))
     assert saved == before, "how often a state is saved changes nothing"
     prompt = keys(small(methods=methods, videos=[entry("dog.mp4", edits=[{"prompt": "a cow", "category": "subject"}])]))
@@ -141,6 +173,42 @@ def test_a_unit_is_known_by_all_that_it_depends_on(small, tmp_path: Path) -> Non
     (tmp_path / "dog.mp4").unlink()
     random_video(tmp_path / "dog.mp4", seed=1)
     assert not set(keys(small(methods=methods)).values()) & set(before.values())
+
+
+def test_what_makes_a_metric_exist_is_in_the_key(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(squeeze_net: Path, *absent: str) -> dict[str, str]:
+        def library(name: str, package: str) -> Any:
+            if name in absent:
+                raise LeftOut(package)
+            return SimpleNamespace(__version__="1.0")
+
+        monkeypatch.setattr(module, "library", library)
+        monkeypatch.setattr(module, "perceptual_weights", lambda: squeeze_net)
+        module.libraries.cache_clear()
+        return keys(small())
+
+    file, other = (tmp_path / name for name in ("one.pth", "other.pth"))
+    file.write_bytes(b"values")
+    other.write_bytes(b"other values")
+    try:
+        before = found(file)
+        for after in (found(file, "cv2"), found(file, "torchmetrics"), found(other)):
+            assert {name for name in before if after[name] != before[name]} == {"ours--dog--subjectmeasure"}
+        assert found(file) == before
+    finally:
+        module.libraries.cache_clear()
+
+
+def test_one_gpu_computes_as_another(small) -> None:
+    found = read_suite(small())
+    one, other = (units(found, Place(device=device, dtype="float16")) for device in ("cuda", "cuda:1"))
+    assert [unit.key for unit in one] == [unit.key for unit in other]
+
+
+def test_what_methods_share_is_called_by_the_video(small) -> None:
+    found = read_suite(small(methods=["ours", "per-frame", "plug-and-play"]))
+    names = {unit.id.rpartition("-")[0] for unit in units(found, GPU, hashed=False) if unit.kind in ("tune", "invert")}
+    assert names == {"tune/dog", "invert/dog"}
 
 
 # Manifests.
@@ -207,6 +275,9 @@ def test_results_in_tgves_layout(tmp_path: Path) -> None:
     assert [path.name for path in sorted(out.iterdir())] == ["00000.jpg", "00001.jpg"]
     picture = np.asarray(Image.open(out / "00000.jpg"))
     assert picture.shape == (480, 480, 3) and abs(picture.astype(int) - (200, 40, 90)).max() < 4
+    tgve.write_result(tmp_path, "videvo", "cars", "multiple", frames[:1] // 2)
+    (again,) = out.iterdir()
+    assert abs(np.asarray(Image.open(again)).astype(int) - (100, 20, 45)).max() < 4, "the newer result"
 
 
 def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:
@@ -219,6 +290,15 @@ def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:
     rows = [["./sample/bear", f"./sample/bear_{n}", "./sample/bear_mask", "a bear", f"a {n} bear"] for n in "ab"]
     (bear,) = read("editboard", as_csv(tmp_path / "s.csv", [columns, *rows]), tmp_path, None, clip_at)
     assert [edit.name for edit in bear.edits] == ["bear_a", "bear_b"] and bear.mask == tmp_path / "sample/bear_mask"
+
+    for column, other, words in (
+        (0, "./other/bear", "two paths"),
+        (2, "./sample/bear_mask_2", "two masks"),
+        (3, "a brown bear", "two source prompts"),
+    ):
+        changed = [rows[0], [other if index == column else cell for index, cell in enumerate(rows[1])]]
+        with pytest.raises(InputError, match=f"bear has {words}: .*{Path(other).name}"):
+            read("editboard", as_csv(tmp_path / "s.csv", [columns, *changed]), tmp_path, None, clip_at)
 
     prompts = tmp_path / "edit_prompt"
     prompts.mkdir()
@@ -273,6 +353,27 @@ def test_all_of_tgve_is_planned_without_its_videos(shared: Path, tmp_path: Path)
     assert planned.needs["tune"].disk_gib * 2**30 == pytest.approx(
         76 * (2 * 74.35e6 + 2 * 4 * 32 * 4 * 60 * 60), rel=0.01
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_memory_is_that_of_the_dtype(tmp_path: Path, dtype: str) -> None:
+    """Stable Diffusion's 860 M values, the inflated ones' 80 M, the VAE's 84 M and the text encoder's 123 M."""
+    place = Place(device="cuda", dtype=dtype)
+    small = {"frames": 1, "stride": 1, "height": 64, "width": 64}
+    told = {"model": "CompVis/none", "clip": small, "edit": {"steps": 1}, "methods": ["ours", "per-frame"]}
+    found = suite(tmp_path, **told)
+    planned = plan_of(found, units(found, place, hashed=False), place)
+    model = 1.147e9 * (2 if dtype == "float16" else 4) / 2**30
+    assert model < planned.needs["edit"].gib < model + 0.5
+    assert planned.gib == max(need.gib for need in planned.needs.values()) + planned.networks_gib
+    assert planned.networks_gib == pytest.approx(1.6) and planned.needs["measure"].gib > 1.6, "CLIP's ViT-L/14"
+
+
+def test_tuning_that_may_checkpoint_is_planned_with_it(tmp_path: Path) -> None:
+    def gib(**tune: Any) -> float:
+        return plan(tmp_path, model="CompVis/none", clip={"frames": 8, "stride": 1}, tune=tune).needs["tune"].gib
+
+    assert gib() == gib(gradient_checkpointing=True) < gib(gradient_checkpointing=False) - 1
 
 
 def test_operations_are_those_of_the_literature(tmp_path: Path) -> None:

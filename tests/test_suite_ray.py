@@ -46,7 +46,7 @@ def driver(suite: Path, out: Path, *options: str) -> subprocess.Popen[str]:
 def tuned(out: Path) -> dict[str, dict[str, Any]]:
     """The values of all checkpoints, by video."""
     folders = sorted(path for path in (out / "units" / "tune").iterdir() if checkpoint.is_checkpoint(path))
-    return {path.name.split("--")[1].split("-")[0]: checkpoint.load(path).values for path in folders}
+    return {path.name.split("-")[0]: checkpoint.load(path).values for path in folders}
 
 
 def amid_tuning(out: Path) -> tuple[Path, int]:

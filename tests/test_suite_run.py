@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from suites import CLIPS, FRAMES, PLACE, SIDE, entry, random_video, settings, written
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
@@ -21,14 +22,14 @@ from tav_opt import checkpoint, cli, ddim, models, video
 from tav_opt.config import InputError
 from tav_opt.engines.pytorch import open_checkpoint
 from tav_opt.metrics.clip_encoder import DEMO
-from tav_opt.suite import captions, image_baselines, scheduling, workshop
+from tav_opt.suite import captions, image_baselines, results, scheduling, workshop
 from tav_opt.suite.captions import Captioner
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.intervals import bootstrap_interval, fleiss_kappa
-from tav_opt.suite.results import rows
+from tav_opt.suite.results import Row, as_markdown, cells, rows
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, units
+from tav_opt.suite.units import Place, Unit, measured_by, units
 
 HERE = Place(**PLACE)
 
@@ -72,9 +73,9 @@ def test_every_frame_is_inverted_by_itself(image: Any) -> None:
 
 
 def _features(image: Any, call: Any) -> torch.Tensor:
-    """What the block that is injected into gives out at last, whoever changed it."""
+    """What is injected, before the shortcut is added: the last that the convolution gives out, whoever changed it."""
     found: list[torch.Tensor] = []
-    hook = image.unet.up_blocks[1].resnets[1].register_forward_hook(lambda _m, _g, made: found.append(made))
+    hook = image.unet.up_blocks[1].resnets[1].conv2.register_forward_hook(lambda _m, _g, made: found.append(made))
     try:
         call()
     finally:
@@ -112,8 +113,64 @@ def test_plug_and_play_of_the_sources_own_latents_is_the_source(image: Any) -> N
     torch.testing.assert_close(made, plain.repeat(2, 1, 1, 1, 1), atol=1e-5, rtol=1e-4)
 
 
-def test_half_of_the_steps_inject_attention() -> None:
-    assert (image_baselines.FEATURES, image_baselines.ATTENTION) == (0.8, 0.5)
+def test_plug_and_play_leaves_the_shortcut_to_every_row(image: Any) -> None:
+    """The block's own input reaches its output: injected is what the convolution makes alone."""
+    empty, text = models.encode_prompt(image, ""), models.encode_prompt(image, ["a cat"])
+    passed = invert_frames(image, LATENTS, empty, 5, lambda _: None)
+    block = image.unet.up_blocks[1].resnets[1]
+    given: list[Any] = []
+    hook = block.register_forward_hook(lambda _module, taken, made: given.append((taken[0], made)))
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with PlugAndPlay(image, passed, empty, 5).installed() as predict:
+        convolved = _features(image, lambda: predict(latents, image.schedule.timesteps(5)[0], text))
+    hook.remove()
+    ((taken, made),) = given
+    shortcut = taken if block.conv_shortcut is None else block.conv_shortcut(taken)
+    torch.testing.assert_close(made, (shortcut + convolved) / block.output_scale_factor)
+    assert (made[:3] - made[3:]).abs().max() > 1e-3, "the rows are not the source's copies"
+
+
+class _Looking:
+    """A processor that keeps what an attention was given and made."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.kept = inner, list[tuple[torch.Tensor, torch.Tensor]]()
+
+    def __call__(self, attention: Any, hidden: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        made = self.inner(attention, hidden, *rest, **more)
+        self.kept.append((hidden, made))
+        return made
+
+
+def _attended(attention: Any, source: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """softmax(q_source k_sourceᵀ / √d) · v_own, written out."""
+    q, k, v = attention.to_q(source), attention.to_k(source), attention.to_v(own)
+    q, k, v = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return attention.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_half_of_the_steps_inject_the_sources_queries_and_keys(image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without features, of five steps the first three: Tumanyan et al. count up to half of the steps, rounded up."""
+    monkeypatch.setattr(image_baselines, "FEATURES", 0)
+    empty, text = models.encode_prompt(image, ""), models.encode_prompt(image, ["a cat"])
+    passed = invert_frames(image, LATENTS, empty, 5, lambda _: None)
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    blocks = [module for block in image.unet.up_blocks for name, module in block.named_modules() if "attn1" in name]
+    attention = [module for module in blocks if hasattr(module, "to_q")][-1]
+    with PlugAndPlay(image, passed, empty, 5).installed() as predict:
+        looking = _Looking(attention.processor)
+        attention.set_processor(looking)
+        for timestep in image.schedule.timesteps(5):
+            predict(latents, timestep, text)
+        attention.set_processor(looking.inner)
+    assert len(looking.kept) == 5 and image_baselines.ATTENTION == 0.5
+    for step, (hidden, made) in enumerate(looking.kept):
+        source, own = hidden[:3], hidden[3:]
+        expected = _attended(attention, source if step < 3 else own, own)  # ceil(0.5 · 5) steps
+        torch.testing.assert_close(made[3:], expected, atol=1e-5, rtol=1e-4)
+        other = _attended(attention, own if step < 3 else source, own)
+        assert (made[3:] - other).abs().max() > 1e-4, "the two would not be told apart"
 
 
 # A whole run.
@@ -176,7 +233,7 @@ def test_ours_is_what_tune_and_edit_make(four: Path, suite_of_four: Path, tmp_pa
     """The commands for one clip, told the same: bit for bit but for the file's compression."""
     store = UnitStore(four)
     tuned = {unit.name: unit for unit in planned(suite_of_four) if unit.kind == "tune"}
-    unit = tuned["ours--car-turn"]
+    unit = tuned["car-turn"]
     assert unit.method is not None
     engine = open_checkpoint(store.folder(unit))
     from tav_opt import editing
@@ -233,9 +290,67 @@ def test_large_reports_have_their_videos_beside(
     for _ in range(2):  # the second takes the place of the first
         report_folder.write(suite, found[:6], {"tune x": "what </script> was wrong"}, ["edit x"], tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "videos/ours--car-turn--style.mp4" in page and "what <\\/script> was wrong" in page
+    assert "videos/ours--car-turn--style.mp4" in page and "what \\u003c/script> was wrong" in page
     assert len(list((tmp_path / "report" / "videos").iterdir())) == 7
     assert len(list((tmp_path / "report" / "sheets").iterdir())) == 1
+
+
+def test_the_pages_data_can_end_no_script(small: Any, tmp_path: Path) -> None:
+    from tav_opt.suite import report_folder
+
+    page = report_folder.write(read_suite(small()), [], {"tune x": "<!--<script>"}, [], tmp_path / "report")
+    text = page.read_text()
+    begin = text.index('id="data">') + len('id="data">')
+    data = text[begin : text.index("</script>", begin)]
+    assert "<" not in data and json.loads(data)["faults"] == {"tune x": "<!--<script>"}
+
+
+def row(method: str, edit: str, **values: float) -> Row:
+    texts = {"category": "style", "caption": "a dog", "prompt": "a cat", "video": f"v-{edit}"}
+    places = {"file": Path("edit.mp4"), "source": Path("source.mp4")}
+    values = {name.replace("_", " "): value for name, value in values.items()}
+    return Row(method=method, edit=edit, values=values, left_out={}, networks={}, **texts, **places)
+
+
+def test_methods_compare_on_the_edits_for_which_all_have_a_value() -> None:
+    """Motion fidelity is left out of one edit by one method: the other's mean must not count that edit either."""
+    found = [
+        row("ours", "a", frame_consistency=0.9, motion_fidelity=0.5),
+        row("ours", "b", frame_consistency=0.9, motion_fidelity=0.1),
+        row("other", "a", frame_consistency=0.8, motion_fidelity=0.4),
+        row("other", "b", frame_consistency=0.8),
+        row("still", "a", frame_consistency=0.7),
+        row("still", "b", frame_consistency=0.7),
+    ]
+    table = cells(found)
+    assert table["ours"]["motion fidelity"].mean == 0.5 and table["ours"]["motion fidelity"].edits == 1
+    assert table["other"]["motion fidelity"].mean == 0.4 and "motion fidelity" not in table["still"]
+    assert table["ours"]["frame consistency"].edits == 2
+    told = as_markdown("x", table, ["frame consistency", "motion fidelity"])
+    assert "| ours | 2 | **0.900** (0.900 … 0.900) | **0.500**, of 1 |" in told
+
+
+def test_two_encoders_in_one_table_are_refused() -> None:
+    found = [row("ours", "a", x=1.0), row("ours", "b", x=1.0)]
+    found = [replace(each, networks={"encoder": name}) for each, name in zip(found, ("CLIP", "demo"), strict=True)]
+    with pytest.raises(InputError, match="ours v-b b: encoder demo, other edits CLIP"):
+        results.check_networks(found)
+
+
+def test_a_worker_that_would_measure_by_something_else_says_so(small: Any, tmp_path: Path) -> None:
+    """As on a node without CLIP, which would take the demo's encoder, or without OpenCV."""
+    (tmp_path / "done" / "dog").mkdir(parents=True)
+    random_video(tmp_path / "done" / "dog" / "subject.mp4", FRAMES)
+    suite = read_suite(small(methods={"x": {"folder": "done"}}))
+    found = measured_by(suite.metrics)
+    other = replace(suite, measured_by=found | {"cv2": "0.0"})
+    here = workshop.Workshop(other, HERE, UnitStore(tmp_path / "out"))
+    planned = units(other, HERE)
+    for unit in planned[:2]:
+        here.do(unit)
+    with pytest.raises(InputError, match=f"would measure by cv2 {found['cv2'] or 'nothing'}, the driver by 0.0"):
+        here.do(planned[2])
+    assert not UnitStore(tmp_path / "out").done(planned[2])
 
 
 # Faults.
@@ -259,6 +374,21 @@ def test_a_broken_video_is_reported_and_the_others_are_done(
     assert status == 0 and len(ended(error)) == 4, "only what was broken"
 
 
+@pytest.mark.parametrize(
+    ("white", "frames", "words"),
+    [(False, 2, "need 5; it has 2"), (True, 5, "is white all over"), (False, 0, "holds no images")],
+)
+def test_a_mask_that_will_not_do_is_said_before_tuning(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], white: bool, frames: int, words: str
+) -> None:
+    (tmp_path / "mask").mkdir()
+    picture = np.full((64, 64), 255 if white else 0, np.uint8)
+    for number in range(frames):
+        Image.fromarray(picture).save(tmp_path / "mask" / f"{number}.png")
+    status, _, error = evaluate(capsys, small(videos=[entry("dog.mp4", mask="mask")]), "--out", tmp_path / "out")
+    assert status == 1 and ended(error) == ["source dog"] and words in error and "3 units need what failed" in error
+
+
 from tav_opt.suite.units import content as workshop_units  # noqa: E402
 
 
@@ -269,6 +399,8 @@ from tav_opt.suite.units import content as workshop_units  # noqa: E402
         ({"methods": {"ours": None, "x": {"folder": "done"}}}, "done/dog/subject"),
         ({"model": "nowhere"}, "model 'nowhere' is neither"),
         ({"metrics": {"clip": "nowhere"}}, "model 'nowhere' is neither"),
+        ({"edit": {"negative_prompt": "a blurred panda " * 4}}, "ours: 'a blurred panda"),
+        ({"clip": {"frames": FRAMES, "height": 60, "width": 64}}, "dog: size 64×60 is not a multiple of"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_done(

@@ -68,11 +68,17 @@ def background_lpips(
 def _perceptual() -> Any:
     """LPIPS of torchmetrics, which has its linear layers; SqueezeNet's weights are in torch's cache or nowhere."""
     module = library("torchmetrics.image.lpip", "torchmetrics")
+    perceptual_weights()
+    return module.LearnedPerceptualImagePatchSimilarity(net_type="squeeze", normalize=True)
+
+
+def perceptual_weights() -> Path:
+    """SqueezeNet's file in torch's cache; raises LeftOut where it, or torchvision, which names it, is not there."""
     url = library("torchvision.models", "torchvision", "torchvision").SqueezeNet1_1_Weights.DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not file.is_file():
         raise LeftOut(f"needs {file}, which does not exist: fetch {url}, or set TORCH_HOME")
-    return module.LearnedPerceptualImagePatchSimilarity(net_type="squeeze", normalize=True)
+    return file
 
 
 def _check_size(frames: np.ndarray, least: int) -> None:

@@ -58,7 +58,7 @@ class ClipEncoder:
         longest = model.config.text_config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)  # where it is silent: 10^30
         return cls(
-            name=DEMO_NAME if path.resolve() == DEMO else str(path_or_hub_id),
+            name=network_name(path_or_hub_id, path),
             path=path,
             model=model,
             tokenizer=tokenizer,
@@ -101,6 +101,11 @@ class ClipEncoder:
         return unit
 
 
+def network_name(path_or_hub_id: PathLike, path: Path) -> str:
+    """What results call the network that lies at a path, as it was asked for."""
+    return DEMO_NAME if path.resolve() == DEMO else str(path_or_hub_id)
+
+
 def network_hash(path: Path) -> str:
     """SHA-256 over the weights, the configuration and the processor of a network's directory."""
     described = [path / name for name in ("config.json", *PROCESSORS)]
@@ -110,10 +115,14 @@ def network_hash(path: Path) -> str:
 
 def open_encoder(config: MetricsConfig, device: str | torch.device = "cpu") -> ClipEncoder:
     """The CLIP that is asked for; else OpenAI's, or the demo's own encoder where that is not to be had, named so."""
-    if config.clip is not None:
-        return ClipEncoder.open(config.clip, device=device, batch=config.batch)
+    return ClipEncoder.open(config.clip or chosen_encoder(), device=device, batch=config.batch)
+
+
+def chosen_encoder() -> str:
+    """Of those who ask for none: OpenAI's, or, which is said, the demo's own where that is not to be had."""
     try:
-        return ClipEncoder.open(CLIP, device=device, batch=config.batch)
+        resolve(CLIP, network=True)
     except InputError as error:
         _log.warning("%s: measured with %s instead", error, DEMO_NAME)
-        return ClipEncoder.open(DEMO, device=device, batch=config.batch)
+        return str(DEMO)
+    return CLIP

@@ -13,12 +13,13 @@ from tav_opt.base.directory import Base
 from tav_opt.base.image_model import load_tokenizer
 from tav_opt.config import InputError, PathLike
 from tav_opt.device import dtype_on, usable_device
+from tav_opt.files import check_place
 from tav_opt.suite import planning, ray_workers, report_folder, results
 from tav_opt.suite.scheduling import Ended, InProcess, OnEnd, Outcome, Pool, Progress, run
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.tgve import write_result
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, missing_files, units
+from tav_opt.suite.units import Place, Unit, measured_by, missing_files, pinned, units
 from tav_opt.suite.workshop import Workshop
 from tav_opt.video import read
 
@@ -80,19 +81,26 @@ def _told(seconds: float) -> str:
 
 
 def check(suite: Suite) -> None:
-    """Raises InputError naming what is not there, or too long to be read, before anything long begins."""
+    """Raises InputError before anything long begins: what is not there, is too long to be read, or of a wrong size."""
     if gone := missing_files(suite):
         more = f", and {len(gone) - 5} more" if len(gone) > 5 else ""
         raise InputError(f"{suite.file}: these do not exist: {'; '.join(gone[:5])}{more}")
     if all(method.kind == "folder" for method in suite.methods):
         return
-    tokenizer = load_tokenizer(Base.at(suite.model))
+    base = Base.at(suite.model)
+    tokenizer = load_tokenizer(base)
+    negative = [(method.name, method.edit.negative_prompt) for method in suite.methods if method.kind != "folder"]
+    own = [(video.name, text) for video in suite.videos for text in (video.caption, *(e.prompt for e in video.edits))]
+    for name, text in (*negative, *own):
+        try:
+            models.tokenize(tokenizer, text or "")
+        except InputError as error:
+            raise InputError(f"{suite.file}: {name}: {text!r}: {error}") from None
     for video in suite.videos:
-        for text in (video.caption or "", *(edit.prompt for edit in video.edits)):
-            try:
-                models.tokenize(tokenizer, text)
-            except InputError as error:
-                raise InputError(f"{suite.file}: {video.name}: {text!r}: {error}") from None
+        try:
+            models.check_size(video.clip.height, video.clip.width, base.vae_factor)
+        except InputError as error:
+            raise InputError(f"{suite.file}: {video.name}: {error}") from None
 
 
 def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Path | None = None) -> Outcome:
@@ -102,8 +110,13 @@ def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Pa
     InputError where something is not there, before anything long begins, and when the disk is full.
     """
     check(suite)
-    if tgve is not None and not all(video.source for video in suite.videos):
-        raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
+    metrics = pinned(suite.metrics)
+    suite = replace(suite, metrics=metrics, measured_by=measured_by(metrics))
+    if tgve is not None:
+        if not all(video.source for video in suite.videos):
+            raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
+        for method in suite.methods:
+            check_place(tgve / method.name / "results")
     outcome = do(suite, out, where, show, lambda place: units(suite, place))
     store = UnitStore(Path(out))
     found = results.rows(suite, outcome.units, store)

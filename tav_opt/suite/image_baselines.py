@@ -80,7 +80,7 @@ class PlugAndPlay:
         unet: Any = self._sd.unet
         blocks = [module for block in unet.up_blocks for module in _self_attentions(block)][1:]
         before = [attention.processor for attention in blocks]
-        hook = unet.up_blocks[1].resnets[1].register_forward_hook(self._injection.of_features)
+        hook = unet.up_blocks[1].resnets[1].conv2.register_forward_hook(self._injection.of_features)
         for attention in blocks:
             attention.set_processor(_Injecting(self._injection))
         try:
@@ -107,7 +107,7 @@ class _Injection:
     attention: bool = False
 
     def of_features(self, _module: nn.Module, _given: Any, made: Tensor) -> Tensor | None:
-        """The source's features in all rows: (rows f) c h w; None: as they are."""
+        """The source's features in all rows, before the shortcut is added: (rows f) c h w; None: as they are."""
         return self.spread(made) if self.features else None
 
     def spread(self, x: Tensor) -> Tensor:

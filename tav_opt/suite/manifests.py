@@ -109,8 +109,11 @@ def _editboard(file: Path, folder: Path, masks: Path | None, clips: Clips) -> li
         original, edited, mask, caption, prompt = (row[column] for column in _EDITBOARD)
         name = Path(original).stem
         before = found.get(name)
-        if before is not None and before.caption != caption:
-            raise InputError(f"{name} has two source prompts: {before.caption!r} and {caption!r}")
+        own = {"source prompts": caption, "paths": folder / original, "masks": folder / mask if mask else None}
+        if before is not None:
+            known = {"source prompts": before.caption, "paths": before.clip.video, "masks": before.mask}
+            if differs := next((what for what in own if own[what] != known[what]), None):
+                raise InputError(f"{name} has two {differs}: {str(known[differs])!r} and {str(own[differs])!r}")
         edits = () if before is None else before.edits
         found[name] = SuiteVideo(
             name=name,

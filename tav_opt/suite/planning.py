@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,9 @@ from diffusers.models.transformers import Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tav_opt.base import configuration
+from tav_opt.base import configuration, weights
 from tav_opt.base.directory import Base
-from tav_opt.config import ClipConfig, InputError
+from tav_opt.config import CLIP, ClipConfig, InputError, MetricsConfig, TrainConfig
 from tav_opt.memory import eager
 from tav_opt.models import StableDiffusion
 from tav_opt.suite.suite_types import Method, Suite
@@ -27,6 +28,8 @@ BACKWARD = 2
 """Floating-point operations of a backward pass to one of a forward pass; again one where activations are computed
 twice."""
 MACHINES = (1, 8, 64)
+CLIP_GIB, PICK_SCORE_GIB, DINO_GIB = 1.6, 3.7, 0.32
+"""In float32, of CLIP ViT-L/14, PickScore's ViT-H/14 and DINO's ViT-B/8 (428, 986 and 86 million values)."""
 _SD1: dict[str, Any] = {
     "unet": {
         "sample_size": 64,
@@ -54,7 +57,7 @@ class Need:
     flop: float
     """Floating-point operations."""
     gib: float
-    """Memory of the one that takes most, its model included."""
+    """Memory of the one that takes most, its model included; tuning's with gradient checkpointing unless it is told."""
     disk_gib: float
     """Written and kept."""
 
@@ -67,11 +70,14 @@ class Plan:
     """Whose sizes were counted."""
     needs: dict[str, Need]
     """By kind."""
+    networks_gib: float
+    """Memory of the networks that measure, which a worker keeps beside the model in hand."""
 
     @property
     def gib(self) -> float:
-        """Memory that a worker needs."""
-        return max(need.gib for need in self.needs.values())
+        """Memory that a worker needs: it does units of all kinds."""
+        models = (need.gib for kind, need in self.needs.items() if kind != "measure")
+        return self.networks_gib + max(models, default=0.0)
 
     @property
     def disk_gib(self) -> float:
@@ -103,17 +109,31 @@ def plan_of(suite: Suite, planned: Sequence[Unit], place: Place) -> Plan:
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for unit in planned:
         found[unit.kind].append(shapes.taken(unit))
+    networks = _networks_gib(suite.metrics)
     needs = {
         kind: Need(
             units=len(taken),
             flop=sum(flop for flop, _, _ in taken),
-            gib=max(gib for _, gib, _ in taken),
+            gib=max(gib for _, gib, _ in taken) + (networks if kind == "measure" else 0.0),
             disk_gib=sum(disk for _, _, disk in taken),
         )
         for kind, taken in found.items()
         if taken
     }
-    return Plan(model=model, needs=needs)
+    return Plan(model=model, needs=needs, networks_gib=networks)
+
+
+def _networks_gib(config: MetricsConfig) -> float:
+    """By the files of their weights, which are loaded in float32; of a network that is not here, the usual one's."""
+    usual = {"clip": CLIP_GIB, "pick_score": PICK_SCORE_GIB, "dino": DINO_GIB}
+    asked = {name: getattr(config, name) for name in usual}
+    asked["clip"] = asked["clip"] or CLIP
+    return sum(_network_gib(path, usual[name]) for name, path in asked.items() if path is not None)
+
+
+def _network_gib(path: str, usual: float) -> float:
+    folder = Path(path).expanduser()
+    return sum(file.stat().st_size for file in weights.files(folder)) / 2**30 if folder.is_dir() else usual
 
 
 class _Shapes:
@@ -121,6 +141,7 @@ class _Shapes:
 
     def __init__(self, configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
         self._sd = _without_values(configs, dtype)
+        self._counted = _without_values(configs, torch.float32)  # the counter's shapes; bytes are of the first's dtype
         self._step, self._vae_frame = cache(self._step_flop), cache(self._vae_frame_flop)
         self._taken: dict[tuple[Any, ...], tuple[float, float, float]] = {}
 
@@ -142,10 +163,10 @@ class _Shapes:
         sizes = clip.frames, clip.height, clip.width
         latents = clip.frames * clip.height * clip.width * 4 * 4 / self._sd.vae_factor**2 / 2**30
         if unit.kind == "tune":
-            times = 1 + BACKWARD + bool(method.tune.gradient_checkpointing)  # undecided: off, as in the estimate
+            times = 1 + BACKWARD + bool(method.tune.gradient_checkpointing)  # undecided: off, where there is room
             flop = step * (times * method.tune.steps * method.tune.accumulation + method.tune.inversion_steps) + vae
             values = self._values(method)
-            return flop, eager.estimate_tuning(self._sd, method.tune, *sizes) / 2**30, values + 2 * latents
+            return flop, eager.estimate_tuning(self._sd, _thrifty(method.tune), *sizes) / 2**30, values + 2 * latents
         editing = eager.estimate_editing(self._sd, *sizes) / 2**30
         if unit.kind == "invert":
             return step * method.edit.steps + vae, editing, latents * method.edit.steps
@@ -159,11 +180,11 @@ class _Shapes:
 
     def _step_flop(self, frames: int, height: int, width: int) -> float:
         """Of one call of the UNet for one clip."""
-        unet, factor = self._sd.unet, self._sd.vae_factor
+        unet, factor = self._counted.unet, self._counted.vae_factor
         latents = torch.empty(1, int(unet.config.in_channels), frames, height // factor, width // factor, device="meta")
         text = torch.empty(1, 77, int(unet.config.cross_attention_dim), device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet.float()(latents, torch.zeros(1, dtype=torch.int64, device="meta"), text)
+            unet(latents, torch.zeros(1, dtype=torch.int64, device="meta"), text)
         return counter.get_total_flops() + self._attention_flop(frames, latents.shape[3] * latents.shape[4])
 
     def _attention_flop(self, frames: int, pixels: int) -> float:
@@ -186,8 +207,13 @@ class _Shapes:
 
     def _vae_frame_flop(self, height: int, width: int) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self._sd.vae.float().encode(torch.empty(1, 3, height, width, device="meta"))
+            self._counted.vae.encode(torch.empty(1, 3, height, width, device="meta"))
         return float(counter.get_total_flops())
+
+
+def _thrifty(tune: TrainConfig) -> TrainConfig:
+    """As tuning can do with: it checkpoints by itself where no more is free (memory.eager.fit_tuning)."""
+    return replace(tune, gradient_checkpointing=True) if tune.gradient_checkpointing is None else tune
 
 
 def _without_values(configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> StableDiffusion:
@@ -220,6 +246,12 @@ def table(plan: Plan, teraflops: float) -> str:
         lines.append(f"{kind:10}{need.units:7}{need.flop / 1e15:12.2f}{need.gib:12.2f}{need.disk_gib:10.2f}")
     total = sum(need.units for need in plan.needs.values())
     lines.append(f"{'all':10}{total:7}{plan.flop / 1e15:12.2f}{plan.gib:12.2f}{plan.disk_gib:10.2f}")
+    lines += ["", f"A worker keeps the {plan.networks_gib:.2f} GiB of the networks that measure beside its model."]
+    if "tune" in plan.needs:
+        lines.append(
+            "Unless it is told, tuning's memory is with gradient checkpointing, its operations are without, "
+            "which it does where so much is free."
+        )
     lines += ["", *(f"{n:2} GPU{'s' * (n > 1)}: {_hours(plan.hours(n, teraflops))}" for n in MACHINES)]
     return "\n".join(lines)
 

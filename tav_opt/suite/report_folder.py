@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from tav_opt import video
-from tav_opt.files import discard, whole, write_json
+from tav_opt.files import replacing, write_json
 from tav_opt.suite import results
 from tav_opt.suite.results import Cell, Row
 from tav_opt.suite.suite_types import Suite
@@ -34,21 +33,13 @@ def write(suite: Suite, found: Sequence[Row], faults: dict[str, str], kept_back:
     """
     compared = results.common(found)
     table = results.cells(compared)
-    beside = out.with_name(f".{out.name}.fresh")
-    discard(beside)
-    with whole(beside) as folder:
+    with replacing(out) as folder:
         folder.mkdir()
         (folder / "report.csv").write_text(results.as_csv(found), encoding="utf-8")
         (folder / "report.md").write_text(_markdown(suite, found, compared, table, faults), encoding="utf-8")
         write_json(folder / "report.json", _json(suite, found, compared, table, faults, kept_back))
         page = _page(suite, found, compared, table, faults, kept_back, folder)
         (folder / "index.html").write_text(page, encoding="utf-8")
-    old = out.with_name(f".{out.name}.old")
-    discard(old)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(beside, out)
-    discard(old)
     return out / "index.html"
 
 
@@ -140,7 +131,8 @@ def _page(
         "faults": faults,
         "keptBack": list(kept_back),
     }
-    told = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    told = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    told = told.replace("<", "\\u003c")  # neither a script's end nor a comment that would hide it
     plots = "".join(f"<figure>{svg}</figure>" for svg in report_plots.plots(compared, table)) if compared else ""
     page = PAGE.read_text(encoding="utf-8")
     return page.replace("{{title}}", html.escape(suite.file.stem)).replace("{{plots}}", plots).replace("{{data}}", told)

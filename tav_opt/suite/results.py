@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tav_opt.config import InputError
 from tav_opt.files import read_object
 from tav_opt.suite.intervals import grouped
 from tav_opt.suite.suite_types import Suite
@@ -78,7 +79,17 @@ def rows(suite: Suite, planned: Iterable[Unit], store: UnitStore) -> list[Row]:
                 source=source / CLIP,
             )
         )
+    check_networks(found)
     return found
+
+
+def check_networks(found: Iterable[Row]) -> None:
+    """Raises InputError where figures of one table would be of two networks."""
+    names: dict[str, str] = {}
+    for row in found:
+        for role, name in row.networks.items():
+            if names.setdefault(role, name) != name:
+                raise InputError(f"{row.method} {row.video} {row.edit}: {role} {name}, other edits {names[role]}")
 
 
 def common(found: Sequence[Row]) -> list[Row]:
@@ -96,18 +107,25 @@ def metrics(found: Iterable[Row]) -> list[str]:
 
 
 def cells(found: Sequence[Row]) -> dict[str, dict[str, Cell]]:
-    """By method and metric."""
+    """By method and metric: the methods that have a metric compare on the same edits, though others leave it out."""
+    shared = {name: _shared(found, name) for name in metrics(found)}
     table: dict[str, dict[str, Cell]] = {}
     for method in dict.fromkeys(row.method for row in found):
         own = [row for row in found if row.method == method]
-        table[method] = {name: cell for name in metrics(found) if (cell := _cell(own, name)) is not None}
+        table[method] = {name: cell for name in metrics(found) if (cell := _cell(own, name, shared[name])) is not None}
     return table
 
 
-def _cell(found: Sequence[Row], name: str) -> Cell | None:
+def _shared(found: Sequence[Row], name: str) -> set[tuple[str, str]]:
+    """The edits for which every method that has a metric at all has a value of it."""
+    having = [row for row in found if name in row.values]
+    return {(row.video, row.edit) for row in common(having)}
+
+
+def _cell(found: Sequence[Row], name: str, edits: Collection[tuple[str, str]]) -> Cell | None:
     groups: dict[str, list[float]] = {}
     for row in found:
-        if name in row.values:
+        if (row.video, row.edit) in edits and name in row.values:
             groups.setdefault(row.video, []).append(row.values[name])
     if not groups:
         return None
@@ -149,14 +167,15 @@ def as_markdown(title: str, table: dict[str, dict[str, Cell]], names: Sequence[s
     lines = [f"### {title}", "", f"| method | edits | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
     for method, row in table.items():
         edits = max((cell.edits for cell in row.values()), default=0)
-        texts = [_marked(name, row[name], best(table, name) == method) if name in row else "–" for name in names]
+        texts = [_marked(name, row[name], best(table, name) == method, edits) if name in row else "–" for name in names]
         lines.append(f"| {method} | {edits} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def _marked(name: str, cell: Cell, bold: bool) -> str:
+def _marked(name: str, cell: Cell, bold: bool, edits: int) -> str:
     mean = told(name, cell.mean)
     text = f"**{mean}**" if bold else mean
+    text += f", of {cell.edits}" if cell.edits < edits else ""
     if cell.low is None or cell.high is None:
         return text
     return f"{text} ({told(name, cell.low)} … {told(name, cell.high)})"

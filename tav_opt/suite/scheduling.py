@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -137,13 +137,19 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
             done.add(ended.unit.id)
             progress.seconds.setdefault(ended.unit.kind, []).append(ended.seconds)
         else:
-            faults[f"{ended.unit.kind} {ended.unit.name}"] = ended.fault
+            faults[_told(ended.unit, faults)] = ended.fault
             lost = _needing(ended.unit, waiting)
             waiting = [unit for unit in waiting if unit not in lost]
             progress.left.subtract(unit.kind for unit in lost)
             kept_back += lost
         on_end(ended, progress)
     return Outcome(planned, faults, [f"{unit.kind} {unit.name}" for unit in kept_back])
+
+
+def _told(unit: Unit, faults: Collection[str]) -> str:
+    """A name of its own for a unit that failed: a video may be tuned in several ways."""
+    name = f"{unit.kind} {unit.name}"
+    return f"{name} ({unit.key[:8]})" if name in faults else name
 
 
 def _ready(waiting: Iterable[Unit], done: set[str]) -> Unit | None:

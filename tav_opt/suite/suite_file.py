@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from tav_opt import editing
 from tav_opt.config import (
     ClipConfig,
     EditConfig,
@@ -56,6 +57,8 @@ def _suite(found: dict[str, Any], path: Path) -> Suite:
         videos = _videos(found["videos"], home, clip)
     common = {name: _section(found, name, kind, without=left) for name, kind, left in _SETTINGS}
     methods = _methods(found.get("methods", {"ours": {}}), home, common)
+    if "inversion_iterations" in common["edit"] and all(method.kind != "tune-a-video" for method in methods):
+        raise InputError("edit.inversion_iterations does nothing: no method is of kind tune-a-video")
     metrics = made(MetricsConfig, _section(found, "metrics", MetricsConfig, without=("device",)))
     check_numbers(metrics)
     captioner = found.get("captioner")
@@ -77,6 +80,8 @@ _SETTINGS = (
 )
 """Sections that methods may have too, and fields that they lack: previews are for a person who waits, and the steps of
 the inversion are those of tuning."""
+_FRAME_BY_FRAME = ("per-frame", "plug-and-play")
+"""Kinds of methods whose inversion has no iterations."""
 _NETWORKS = ("clip", "pick_score", "dino")
 
 
@@ -94,8 +99,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _place(model: str, home: Path) -> str:
-    """A folder beside the suite's file, where there is one of that name; else a path or a hub id as it stands."""
-    return str(home / model) if (home / Path(model).expanduser()).is_dir() else model
+    """A folder or file beside the suite's file, where there is one of that name; else a hub id as it stands."""
+    path = home / Path(model).expanduser()
+    return str(path) if path.exists() else model
 
 
 def _placed(metrics: MetricsConfig, home: Path) -> MetricsConfig:
@@ -180,6 +186,8 @@ def _method(name: str, settings: Any, home: Path, common: dict[str, dict[str, An
         raise InputError(f"{where}.{idle[0]} does nothing for a method of kind {kind}")
     if kind == "folder" and "folder" not in settings:
         raise InputError(f"key {where}.folder is missing")
+    if kind in _FRAME_BY_FRAME and "inversion_iterations" in (settings.get("edit") or {}):
+        raise InputError(f"{where}.edit.inversion_iterations does nothing for a method of kind {kind}")
     own = {n: common[n] | _section(settings, n, k, without=left) for n, k, left in _SETTINGS}
     attention = as_declared(Attention, f"{where}.attention", settings.get("attention", "sparse-causal"))
     return Method(
@@ -213,7 +221,10 @@ def _check(suite: Suite) -> None:
             raise InputError(f"{video.name} has no caption: give one, or a captioner for all that have none")
     for method in suite.methods:
         check_numbers(method.tune)
-        check_numbers(method.edit)
+        try:
+            editing.check(replace(method.edit, prompts=("a prompt",)))  # prompts are the edits', looked at above
+        except InputError as error:
+            raise InputError(f"{method.name}: {error}") from None
         if method.tune.warmup > method.tune.steps:
             raise InputError(f"{method.name}: warmup {method.tune.warmup} is more than the {method.tune.steps} steps")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -83,6 +83,8 @@ class Suite:
     """What measures the edits."""
     captioner: str | None = None
     """Image-captioning model of transformers, for videos without a caption."""
+    measured_by: Mapping[str, str] | None = None
+    """What the driver found that edits are measured by; a worker that finds another refuses. None: nobody looked."""
 
     @property
     def edits(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tav_opt.config import InputError
-from tav_opt.files import whole
+from tav_opt.files import replacing
 from tav_opt.suite.suite_types import Category
 
 CATEGORIES: dict[str, Category] = {
@@ -96,12 +96,10 @@ def frames_folder(folder: Path, source: str, video: str) -> Path:
 def write_result(folder: Path, source: str, video: str, edit: str, frames: np.ndarray) -> Path:
     """Writes frames uint8 (f, H, W, 3) where its evaluation script reads them: `SOURCE_480p/VIDEO/EDIT/00000.jpg` ….
 
-    They are resized to 480×480. A folder that is there stays as it is.
+    They are resized to 480×480, and take the place of a result that is there: it may be of other settings.
     """
     out = folder / f"{_SOURCES[source]}_480p" / video / edit
-    if out.is_dir():
-        return out
-    with whole(out) as beside:
+    with replacing(out) as beside:
         beside.mkdir()
         for number, frame in enumerate(frames):
             picture = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -10,11 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from tav_opt import __version__
 from tav_opt.base.directory import Base, resolve
-from tav_opt.config import CLIP, EditConfig, InputError, MetricsConfig, TrainConfig
+from tav_opt.config import EditConfig, MetricsConfig, TrainConfig
 from tav_opt.files import sha256
-from tav_opt.metrics.clip_encoder import DEMO, network_hash
+from tav_opt.metrics.background import perceptual_weights
+from tav_opt.metrics.clip_encoder import chosen_encoder, network_hash, network_name
+from tav_opt.metrics.left_out import LeftOut, library
 from tav_opt.suite.suite_types import Method, Suite, SuiteEdit, SuiteVideo
 
 UnitKind = Literal["source", "invert", "tune", "edit", "measure"]
@@ -31,7 +35,7 @@ class Unit:
 
     kind: UnitKind
     name: str
-    """`VIDEO`, `METHOD--VIDEO` or `METHOD--VIDEO--EDIT`."""
+    """`VIDEO`, also of what several methods may share, or `METHOD--VIDEO--EDIT`."""
     key: str
     needs: tuple[str, ...] = ()
     """Names of units by `id`."""
@@ -94,18 +98,37 @@ def content(path: Path) -> str:
     return hashlib.sha256("\n".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
 
 
-def measured_by(config: MetricsConfig) -> dict[str, str]:
-    """The hashes of the networks that metrics are measured with, as they are found here."""
-    found = {
-        name: network_hash(resolve(value, network=True))
-        for name in ("clip", "pick_score", "dino")
-        if (value := getattr(config, name)) is not None
-    }
-    if config.clip is None:
+@cache
+def libraries() -> dict[str, str]:
+    """Versions of what some metrics need and not everyone has, and SqueezeNet's file; "" for what is not here."""
+    found = {}
+    for module in ("cv2", "torchmetrics", "torchvision"):
         try:
-            found["clip"] = network_hash(resolve(CLIP, network=True))
-        except InputError:
-            found["clip"] = network_hash(DEMO)  # as metrics.clip_encoder.open_encoder chooses
+            found[module] = str(library(module, module).__version__)
+        except LeftOut:
+            found[module] = ""
+    try:
+        found["SqueezeNet"] = sha256(perceptual_weights())
+    except LeftOut:
+        found["SqueezeNet"] = ""
+    return found
+
+
+def pinned(config: MetricsConfig) -> MetricsConfig:
+    """The same with the encoder that `open_encoder` would choose here said, so that no worker chooses another."""
+    return config if config.clip is not None else replace(config, clip=chosen_encoder())
+
+
+def measured_by(config: MetricsConfig) -> dict[str, str]:
+    """What decides on metrics and whether they exist: networks by name and hash, libraries by version, as found here.
+
+    Raises InputError for a network that is not here.
+    """
+    found, config = dict(libraries()), pinned(config)
+    for role in ("clip", "pick_score", "dino"):
+        if (value := getattr(config, role)) is not None:
+            path = resolve(value, network=True)
+            found[role] = f"{network_name(value, path)} {network_hash(path)}"
     return found
 
 
@@ -114,12 +137,15 @@ class _Planned:
 
     def __init__(self, suite: Suite, place: Place, hashed: bool) -> None:
         self._suite, self._hashed = suite, hashed
-        self._place = asdict(place)
+        self._place = {
+            "device": torch.device(place.device).type,
+            "dtype": place.dtype,
+        }  # cuda:1 computes as cuda:0 does
         self._shared: dict[str, Unit] = {}
         kinds = {method.kind for method in suite.methods}
         computes = bool(kinds - {"folder"})
         self._base = Base.at(suite.model).hash if hashed and computes else ""
-        self._networks = measured_by(suite.metrics) if hashed else {}
+        self._networks = dict(suite.measured_by or measured_by(suite.metrics)) if hashed else {}
         self._captioner = network_hash(resolve(suite.captioner, network=True)) if hashed and suite.captioner else ""
 
     def all(self) -> Iterator[Unit]:
@@ -154,13 +180,12 @@ class _Planned:
         """What all edits of a video by a method need."""
         if method.kind == "folder":
             return None
-        name = f"{method.name}--{video.name}"
         if method.kind == "tune-a-video":
             settings = {k: v for k, v in asdict(method.tune).items() if k not in _NO_MATTER}
             tuned = [settings, method.attention, self._base, self._place]
-            return self._unit("tune", name, video, (source,), method, what=tuned)
+            return self._unit("tune", video.name, video, (source,), method, what=tuned)
         inverted = [method.edit.steps, self._base, self._place]
-        return self._unit("invert", name, video, (source,), method, what=inverted)
+        return self._unit("invert", video.name, video, (source,), method, what=inverted)
 
     def _content(self, path: Path) -> str:
         return content(path.absolute()) if self._hashed else str(path)

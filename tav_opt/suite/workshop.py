@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from tav_opt import checkpoint, ddim, editing, models, tuning, tuning_state, video
 from tav_opt.base.directory import Base
-from tav_opt.config import ClipConfig, InputError
+from tav_opt.config import InputError
 from tav_opt.device import usable_device
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
 from tav_opt.files import read_object, write_json
 from tav_opt.metrics.edited import Edited
-from tav_opt.metrics.masks import HALF
+from tav_opt.metrics.masks import fitted_mask
 from tav_opt.metrics.measuring import Networks, measure
 from tav_opt.models import StableDiffusion
 from tav_opt.solvers import solver
@@ -31,7 +32,7 @@ from tav_opt.suite.each_frame import without_sparse_causal
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, finished
+from tav_opt.suite.units import Place, Unit, finished, measured_by
 
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""
@@ -108,6 +109,8 @@ class Workshop:
 
     def _source(self, unit: Unit, folder: Path, _about: dict[str, Any], _on_step: OnStep) -> None:
         clip = video.read(unit.video.clip)
+        if unit.video.mask is not None:  # looked at now, not after all tuning; measured by as it is then
+            fitted_mask(unit.video.mask, unit.video.clip)
         caption = unit.video.caption
         if caption is None:
             assert self.suite.captioner is not None
@@ -205,13 +208,23 @@ class Workshop:
             source=clip.frames,
             prompt=unit.edit.prompt,
             source_prompt=caption,
-            mask=None if unit.video.mask is None else _mask(unit.video.clip, unit.video.mask),
+            mask=None if unit.video.mask is None else fitted_mask(unit.video.mask, unit.video.clip),
         )
         if self._networks is None:
-            self._networks = Networks.open(replace(self.suite.metrics, device=self.place.device))
+            self._networks = self._open_networks()
         measured = measure(edited, self._networks, made)
         about.update(measured.to_json())
         write_json(folder / METRICS, measured.to_json())
+
+    def _open_networks(self) -> Networks:
+        """Raises InputError where this machine would measure by other networks or libraries than the driver's."""
+        expected, metrics = self.suite.measured_by, self.suite.metrics
+        found = expected if expected is None else measured_by(metrics)
+        if expected is not None and found is not None and found != expected:
+            name = next(name for name in {**expected, **found} if found.get(name) != expected.get(name))
+            here, there = (which.get(name) or "nothing" for which in (found, expected))
+            raise InputError(f"{os.uname().nodename} would measure by {name} {here}, the driver by {there}: install it")
+        return Networks.open(replace(metrics, device=self.place.device))
 
     def _read(self, unit: Unit) -> tuple[video.Clip, str]:
         """Frames and caption of a unit's source, which has been read once."""
@@ -255,8 +268,3 @@ def _sampled(
         generator=torch.Generator().manual_seed(config.seed),
         on_step=on_step,
     )
-
-
-def _mask(clip: ClipConfig, mask: Path) -> np.ndarray:
-    """The mask's frames chosen and fitted as the clip's are: bool (f, H, W), true where the picture may change."""
-    return video.read(replace(clip, video=mask)).frames.max(-1) >= HALF

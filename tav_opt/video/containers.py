@@ -115,7 +115,11 @@ def _check_pixels(name: str, width: int, height: int, limits: Limits) -> None:
         raise InputError(f"{name}: frames of {width}×{height}; at most {limits.pixels} pixels are accepted")
 
 
-def images(folder: Path, limits: Limits) -> Iterator[Shown]:
+def images(
+    folder: Path, limits: Limits, opened: Callable[[Path, Limits], Image.Image] | None = None
+) -> Iterator[Shown]:
+    """The pictures of a folder, each made by `opened` (`still` unless given)."""
+
     def numbers(path: Path) -> list[Any]:  # frame2 before frame10
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
@@ -126,7 +130,7 @@ def images(folder: Path, limits: Limits) -> Iterator[Shown]:
     if not paths:
         raise InputError(f"{folder} holds no images ({' '.join(sorted(IMAGES))})")
     for index, path in enumerate(paths):
-        yield Shown(index / FOLDER_FPS, 1 / FOLDER_FPS, partial(still, path, limits))
+        yield Shown(index / FOLDER_FPS, 1 / FOLDER_FPS, partial(opened or still, path, limits))
 
 
 def still(path: Path, limits: Limits) -> Image.Image:

@@ -103,6 +103,12 @@ def read(path: PathLike | ClipConfig, **choice: Unpack[Choice]) -> Clip:
         raise InputError(f"{place} may not be read") from None
 
 
+def fitted(source: Callable[[], Iterator[Shown]], clip: ClipConfig | Path) -> np.ndarray:
+    """The frames of another source as `read` chooses and fits them of a clip, or of a path: uint8 (f, H, W, 3)."""
+    place, chosen = _asked(clip, {})
+    return _choose(source, chosen, str(place), LOCAL).frames
+
+
 def _sounding(clip: Clip, file: IO[bytes], name: str) -> Clip:
     """With the sound of its time; pictures that move, GIF and WebP, have none."""
     file.seek(0)
