@@ -52,7 +52,7 @@ def invert(
 
 def _finite(values: Tensor) -> Tensor:
     """The values themselves."""
-    if not values.isfinite().all():
+    if values.isfinite().logical_not().any():
         raise FloatingPointError("inversion: the network answers with NaN or infinity")
     return values
 
