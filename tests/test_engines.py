@@ -111,9 +111,7 @@ def test_edit_is_the_eager_one(
 ) -> None:
     """With the clip's own inverted latents, and inverted anew."""
     if iterations and tolerance is HALF:
-        pytest.skip(
-            "four refined steps of a random network amplify fp16's rounding; the loop is the same for all engines"
-        )
+        pytest.skip("four refined steps of a random network amplify fp16's rounding; all engines share the loop")
     config = EditConfig(
         prompts=("a cat is skiing", "a bear"),
         negative_prompt="blurry",
