@@ -91,10 +91,10 @@ class _OnceEach(yaml.SafeLoader):
         return node
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: PathLike) -> dict[str, Any]:
     """The keys and values of a YAML file; raises InputError for what cannot be read or holds none."""
     try:
-        found = yaml.load(path.read_text(), _OnceEach)  # nosec B506  # a SafeLoader
+        found = yaml.load(Path(path).read_text(), _OnceEach)  # nosec B506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
