@@ -174,7 +174,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 def test_in_every_precision_a_stopped_run_goes_on_to_the_same_float32(dtype, rank, sd, images, tmp_path):
     config = replace(ALONE, lr=1e-4, steps=2, lora_rank=rank, text_encoder=True, save_every=1)
     whole, out = tmp_path / "whole", tmp_path / "out"
