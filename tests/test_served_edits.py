@@ -266,7 +266,7 @@ def test_the_command_edits_a_video_of_ones_own(server, wire, tmp_path, monkeypat
     """An MP4 is written as the server encoded it, other files are encoded here."""
     data, prompts, written, said = lossless(other_frames(4)), ("a panda is skiing", "a man"), [], []
 
-    def write(path, edit, fps, metadata):
+    def write(path, edit, fps, metadata, sound=None):
         written.append(edit)
         said.append(metadata)
 
