@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.transformers import Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from tav_opt.base import configuration, weights
+from tav_opt.base import weights
 from tav_opt.base.directory import Base
 from tav_opt.config import CLIP, ClipConfig, InputError, MetricsConfig, TrainConfig
-from tav_opt.memory import eager
-from tav_opt.models import StableDiffusion
+from tav_opt.memory import eager, outline
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.units import KINDS, Place, Unit
-from tav_opt.unet import inflate, trained_names
+from tav_opt.unet import trained_names
 
 BACKWARD = 2
 """Floating-point operations of a backward pass to one of a forward pass; again one where activations are computed
@@ -30,7 +27,7 @@ twice."""
 MACHINES = (1, 8, 64)
 CLIP_GIB, PICK_SCORE_GIB, DINO_GIB = 1.6, 3.7, 0.32
 """In float32, of CLIP ViT-L/14, PickScore's ViT-H/14 and DINO's ViT-B/8 (428, 986 and 86 million values)."""
-_SD1: dict[str, Any] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "unet": {
         "sample_size": 64,
         "cross_attention_dim": 768,
@@ -45,7 +42,9 @@ _SD1: dict[str, Any] = {
         "latent_channels": 4,
     },
     "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "scheduler": {},
 }
+_SD1 = Base(path=Path(), folder=Path(), configs=_SIZES)
 """The sizes of Stable Diffusion 1.x, for a model that is not here."""
 
 
@@ -102,10 +101,10 @@ def plan_of(suite: Suite, planned: Sequence[Unit], place: Place) -> Plan:
     measuring and writing count as none.
     """
     try:
-        configs, model = Base.at(suite.model).configs, suite.model
+        base, model = Base.at(suite.model), suite.model
     except InputError:
-        configs, model = _SD1, f"Stable Diffusion 1.x, since {suite.model} is not here"
-    shapes = _Shapes(configs, getattr(torch, place.dtype))
+        base, model = _SD1, f"Stable Diffusion 1.x, since {suite.model} is not here"
+    shapes = _Shapes(base, getattr(torch, place.dtype))
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for unit in planned:
         found[unit.kind].append(shapes.taken(unit))
@@ -139,9 +138,9 @@ def _network_gib(path: str, usual: float) -> float:
 class _Shapes:
     """A model without values, whose parts are counted once for each size of clips."""
 
-    def __init__(self, configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
-        self._sd = _without_values(configs, dtype)
-        self._counted = _without_values(configs, torch.float32)  # the counter's shapes; bytes are of the first's dtype
+    def __init__(self, base: Base, dtype: torch.dtype) -> None:
+        self._sd = outline.of(base, dtype)
+        self._counted = outline.of(base)  # the counter's shapes; bytes are of the first's dtype
         self._step, self._vae_frame = cache(self._step_flop), cache(self._vae_frame_flop)
         self._taken: dict[tuple[Any, ...], tuple[float, float, float]] = {}
 
@@ -214,24 +213,6 @@ class _Shapes:
 def _thrifty(tune: TrainConfig) -> TrainConfig:
     """As tuning can do with: it checkpoints by itself where no more is free (memory.eager.fit_tuning)."""
     return replace(tune, gradient_checkpointing=True) if tune.gradient_checkpointing is None else tune
-
-
-def _without_values(configs: dict[str, dict[str, Any]], dtype: torch.dtype) -> StableDiffusion:
-    """A Stable Diffusion of these shapes on torch's meta device."""
-    unet_config = configs["unet"]
-    if configuration.is_reference_unet(unet_config):
-        unet_config = configuration.image_config(unet_config)
-    parts = [{k: v for k, v in config.items() if not k.startswith("_")} for config in (unet_config, configs["vae"])]
-    with torch.device("meta"):
-        unet = inflate(cast(UNet2DConditionModel, UNet2DConditionModel.from_config(parts[0])))
-        vae = cast(AutoencoderKL, AutoencoderKL.from_config(parts[1]))
-        text = CLIPTextModel(CLIPTextConfig.from_dict(configuration.text_config(configs["text_encoder"])))
-    none: Any = None
-    base = Base(path=none, folder=none, configs={**configs})
-    sd = StableDiffusion(base=base, unet=unet, vae=vae, text_encoder=text, tokenizer=none, schedule=none)
-    for part in (sd.unet, sd.vae, sd.text_encoder):
-        part.to(dtype)
-    return sd
 
 
 def table(plan: Plan, teraflops: float) -> str:
