@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,39 @@ EMBEDDED_BYTES = 24 << 20
 MOST_SHEETS = 400
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What all files of a report are made of."""
+
+    suite: Suite
+    found: Sequence[Row]
+    compared: Sequence[Row]
+    """On the edits that all methods made."""
+    table: dict[str, dict[str, Cell]]
+    faults: dict[str, str]
+    kept_back: Sequence[str]
+
+
 def write(suite: Suite, found: Sequence[Row], faults: dict[str, str], kept_back: Sequence[str], out: Path) -> Path:
     """Writes `out`, in the place of a report that is there, and returns its page.
 
     Methods are compared on the edits that all of them made; every edit that is measured is in the grid and the CSV.
     """
     compared = results.common(found)
-    table = results.cells(compared)
+    content = _Content(
+        suite=suite,
+        found=found,
+        compared=compared,
+        table=results.cells(compared),
+        faults=faults,
+        kept_back=kept_back,
+    )
     with replacing(out) as folder:
         folder.mkdir()
         (folder / "report.csv").write_text(results.as_csv(found), encoding="utf-8")
-        (folder / "report.md").write_text(_markdown(suite, found, compared, table, faults), encoding="utf-8")
-        write_json(folder / "report.json", _json(suite, found, compared, table, faults, kept_back))
-        page = _page(suite, found, compared, table, faults, kept_back, folder)
+        (folder / "report.md").write_text(_markdown(content), encoding="utf-8")
+        write_json(folder / "report.json", _json(content))
+        page = _page(content, folder)
         (folder / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
 
@@ -65,77 +86,67 @@ def _facts(suite: Suite, found: Sequence[Row], compared: Sequence[Row]) -> list[
     return said + [f"{name}: left out of some edits or all, {reason}" for name, reason in left.items()]
 
 
-def _markdown(
-    suite: Suite,
-    found: Sequence[Row],
-    compared: Sequence[Row],
-    table: dict[str, dict[str, Cell]],
-    faults: dict[str, str],
-) -> str:
-    paper = [name for name in results.PAPER if name in results.metrics(compared)]
-    others = [name for name in results.metrics(compared) if name not in paper]
-    parts = [f"# {suite.file.stem}", "\n".join(f"- {fact}" for fact in _facts(suite, found, compared))]
-    parts.append(results.as_markdown("Table 1 of the paper", table, paper))
+def _markdown(content: _Content) -> str:
+    paper = [name for name in results.PAPER if name in results.metrics(content.compared)]
+    others = [name for name in results.metrics(content.compared) if name not in paper]
+    parts = [
+        f"# {content.suite.file.stem}",
+        "\n".join(f"- {fact}" for fact in _facts(content.suite, content.found, content.compared)),
+    ]
+    parts.append(results.as_markdown("Table 1 of the paper", content.table, paper))
     if others:
-        parts.append(results.as_markdown("Later benchmarks' metrics", table, others))
-    for name, own in _by_category(compared).items():
+        parts.append(results.as_markdown("Later benchmarks' metrics", content.table, others))
+    for name, own in _by_category(content.compared).items():
         parts.append(results.as_markdown(f"Edits of the {name}" if name != "other" else "Other edits", own, paper))
-    if faults:
-        parts.append("### Not done\n\n" + "\n".join(f"- {name}: {fault}" for name, fault in faults.items()))
+    if content.faults:
+        parts.append("### Not done\n\n" + "\n".join(f"- {name}: {fault}" for name, fault in content.faults.items()))
     return "\n\n".join(parts) + "\n"
 
 
-def _json(
-    suite: Suite,
-    found: Sequence[Row],
-    compared: Sequence[Row],
-    table: dict[str, dict[str, Cell]],
-    faults: dict[str, str],
-    kept_back: Sequence[str],
-) -> dict[str, Any]:
+def _json(content: _Content) -> dict[str, Any]:
     return {
-        "suite": str(suite.file),
-        "model": suite.model,
-        "networks": _networks(found),
-        "table": results.as_json(table),
-        "by category": {name: results.as_json(own) for name, own in _by_category(compared).items()},
-        "edits": [vars(row) for row in found],
-        "faults": faults,
-        "not done for them": list(kept_back),
+        "suite": str(content.suite.file),
+        "model": content.suite.model,
+        "networks": _networks(content.found),
+        "table": results.as_json(content.table),
+        "by category": {name: results.as_json(own) for name, own in _by_category(content.compared).items()},
+        "edits": [vars(row) for row in content.found],
+        "faults": content.faults,
+        "not done for them": list(content.kept_back),
     }
 
 
-def _page(
-    suite: Suite,
-    found: Sequence[Row],
-    compared: Sequence[Row],
-    table: dict[str, dict[str, Cell]],
-    faults: dict[str, str],
-    kept_back: Sequence[str],
-    folder: Path,
-) -> str:
+def _page(content: _Content, folder: Path) -> str:
     from tav_opt.suite import report_plots
 
-    categories = _by_category(compared)
+    categories = _by_category(content.compared)
     data = {
-        "name": suite.file.stem,
-        "facts": _facts(suite, found, compared),
-        "metrics": results.metrics(found),
+        "name": content.suite.file.stem,
+        "facts": _facts(content.suite, content.found, content.compared),
+        "metrics": results.metrics(content.found),
         "paper": list(results.PAPER),
         "low": list(results.LOW_IS_GOOD),
-        "digits": {name: results.DIGITS.get(name, 3) for name in results.metrics(found)},
-        "methods": [method.name for method in suite.methods],
-        "table": results.as_json(table),
+        "digits": {name: results.DIGITS.get(name, 3) for name in results.metrics(content.found)},
+        "methods": [method.name for method in content.suite.methods],
+        "table": results.as_json(content.table),
         "categories": {name: results.as_json(own) for name, own in categories.items()},
-        "edits": _cards(found, folder),
-        "faults": faults,
-        "keptBack": list(kept_back),
+        "edits": _cards(content.found, folder),
+        "faults": content.faults,
+        "keptBack": list(content.kept_back),
     }
     told = json.dumps(data, ensure_ascii=False, allow_nan=False)
     told = told.replace("<", "\\u003c")  # neither a script's end nor a comment that would hide it
-    plots = "".join(f"<figure>{svg}</figure>" for svg in report_plots.plots(compared, table)) if compared else ""
+    plots = (
+        "".join(f"<figure>{svg}</figure>" for svg in report_plots.plots(content.compared, content.table))
+        if content.compared
+        else ""
+    )
     page = PAGE.read_text(encoding="utf-8")
-    return page.replace("{{title}}", html.escape(suite.file.stem)).replace("{{plots}}", plots).replace("{{data}}", told)
+    return (
+        page.replace("{{title}}", html.escape(content.suite.file.stem))
+        .replace("{{plots}}", plots)
+        .replace("{{data}}", told)
+    )
 
 
 def _cards(found: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
