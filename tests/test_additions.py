@@ -469,6 +469,7 @@ def test_tuning_goes_on_under_the_same_additions_alone(sd, files, clip, tmp_path
 
 def test_without_peft_it_says_what_to_install(files, sd, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setattr("diffusers.utils.import_utils._peft_available", False)
     with pytest.raises(InputError, match=r"needs peft: pip install 'tav-opt\[lora\]'"):
         image_model(sd, loras=files["kohya"])
     assert isinstance(image_model(sd).pipeline(Base.at(sd)), StableDiffusionPipeline)

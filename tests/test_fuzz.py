@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2
 
 from tav_opt.contract import STREAM_MODEL
 from tav_opt.serving.gateway import openapi, rules
-from tav_opt.serving.gateway.behind import Refusal
+from tav_opt.serving.gateway.behind import Refusal, Trace
 from tav_opt.serving.gateway.http_face import HttpFace
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -67,7 +67,7 @@ class Answers:
     def __init__(self) -> None:
         self.passed = 0
 
-    async def ask(self, method: str, _message: bytes, _timeout_s: float | None = 5.0) -> bytes:
+    async def ask(self, method: str, _message: bytes, _timeout_s: float | None = 5.0, trace: Trace = ()) -> bytes:
         answers: dict[str, Any] = {
             "ServerLive": service_pb2.ServerLiveResponse(live=True),
             "ServerReady": service_pb2.ServerReadyResponse(ready=True),
@@ -77,7 +77,7 @@ class Answers:
         }
         return answers[method].SerializeToString()
 
-    async def infer(self, message: rules.Message, _timeout_s: float | None = None) -> bytes:
+    async def infer(self, message: rules.Message, _timeout_s: float | None = None, trace: Trace = ()) -> bytes:
         fuzz_gateway.obeys(message)
         self.passed += 1
         response = service_pb2.ModelInferResponse(model_name=message.model_name, id=message.id)
@@ -85,7 +85,9 @@ class Answers:
         response.raw_output_contents.append(b"\0\0\0\0")
         return response.SerializeToString()
 
-    async def stream(self, message: rules.Message, _timeout_s: float | None = None) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, message: rules.Message, _timeout_s: float | None = None, trace: Trace = ()
+    ) -> AsyncGenerator[bytes, None]:
         response = service_pb2.ModelInferResponse.FromString(await self.infer(message))
         yield service_pb2.ModelStreamInferResponse(infer_response=response).SerializeToString()
 

@@ -22,15 +22,23 @@ ABSENT = ("av", "pydantic", "matplotlib", "tyro", "onnx", "tritonclient", "starl
 """What a machine with a GPU may lack, and no stage may need."""
 BLOCKED = f"""
 import sys
-from importlib import metadata
+from importlib import abc, metadata, util
+
+class Absent(abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 def version(name, known=metadata.version):
     if name == "tav-opt":
         raise metadata.PackageNotFoundError(name)
     return known(name)
 
-metadata.version = version
-sys.modules.update(dict.fromkeys({ABSENT}))
+def find_spec(name, package=None, known=util.find_spec):
+    return None if name.partition(".")[0] in {ABSENT} else known(name, package)
+
+metadata.version, util.find_spec = version, find_spec
+sys.meta_path.insert(0, Absent())
 """
 """Neither are they there, nor is the package installed: what lies in the checkout is imported."""
 

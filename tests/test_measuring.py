@@ -98,7 +98,9 @@ def test_without_openais_clip_the_demos_encoder_measures_and_it_is_said(
         raise InputError("model 'openai/clip-vit-large-patch14' is not to be had")
 
     held = clip_encoder.resolve
-    monkeypatch.setattr(clip_encoder, "resolve", lambda at, network: (held if at == DEMO else absent)(at, network=True))
+    monkeypatch.setattr(
+        clip_encoder, "resolve", lambda at, network: (held if Path(at) == DEMO else absent)(at, network=True)
+    )
     with caplog.at_level(logging.WARNING):
         assert clip_encoder.open_encoder(MetricsConfig()).name == DEMO_NAME
     assert "openai/clip-vit-large-patch14" in caplog.text and "not CLIP" in caplog.text
