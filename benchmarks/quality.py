@@ -52,6 +52,8 @@ class Quality:
     steps: int = 25
     guidance: float = 5.0
     """Of pictures from text; edits have the demo's."""
+    model: Path = PACKAGE / "model"
+    """A diffusers directory whose pictures from text are judged; the rest is the package's."""
     folder: Path = Path("demo-out/quality")
     """Tuned clips and sheets."""
     out: Path = Path("benchmarks/results/quality.json")
@@ -124,10 +126,16 @@ def judge_the_judge(judge: Judge, config: Quality) -> list[Figure]:
     ]
 
 
+def pictures_of(model: Path) -> StableDiffusionPipeline:
+    """diffusers' own pipeline of a model."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def judge_images(judge: Judge, config: Quality) -> list[Figure]:
     """Pictures from text by diffusers' own pipeline, of held-out prompts."""
-    pipeline = StableDiffusionPipeline.from_pretrained(PACKAGE / "model", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pictures_of(config.model)
     scenes = _scenes(config.prompts, np.random.default_rng(SEED + 1)) * config.seeds
     pictures = []
     for first in tqdm(range(0, len(scenes), BATCH), desc="pictures", leave=False, disable=None):
