@@ -51,8 +51,8 @@ class Personal:
         default_factory=lambda: PersonaliseConfig(steps=400, lr=5e-5, text_encoder=True, class_images=100, seed=33)
     )
     class_prompt: str = "a creature"
-    clip: str = "rabbit"
-    """The package's clip that is tuned on the new model and edited into it."""
+    clip: str | None = "rabbit"
+    """The package's clip that is tuned on the new model and edited into it; None: no clip."""
     others: bool = True
     """Judge the other subjects too, which takes longest; False: only the new one."""
     folder: Path = Path("demo-out/personal")
@@ -75,7 +75,8 @@ def main(config: Personal) -> int:
     )
     figures = [Figure(name="personalising", value=time.perf_counter() - began, unit="s", goal="", met=True)]
     figures += _subject(judge, config, four, model)
-    figures += _clip(judge, config, four, model)
+    if config.clip is not None:
+        figures += _clip(judge, config, four, model)
     if config.others:
         figures += _others(judge, config, model)
     print("\n".join(("| figure | measured | goal | met |", "|---|---:|---|---|", *map(str, figures))))
