@@ -29,6 +29,7 @@ class Api:
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "api", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        self.jobs = jobs
         self.errors: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         assert self.process.stdout is not None

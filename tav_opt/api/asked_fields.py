@@ -49,7 +49,9 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    prompt: Annotated[Text, StringConstraints(min_length=1)] = Field(description="what to draw")
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_utf8)] = Field(
+        description="what to draw"
+    )
     model: Annotated[Text | None, Field(description="an exported clip, or clip@preset; the only one by default")] = None
     seconds: Annotated[str | float | None, Field(description="as the clip has them; others are refused")] = None
     size: Annotated[str | None, Field(description="widthxheight as the clip has them; others are refused")] = None

@@ -95,6 +95,7 @@ class Runner:
         if (task := self._tasks.get(job.id)) is not None:
             task.cancel()
             await asyncio.wait([task])
+            self._end(job.id)  # of a task that was not yet begun nobody else does it
         await asyncio.to_thread(self._files.remove, job.id)
         self._tell()
 
@@ -142,25 +143,23 @@ class Runner:
 
     def _begin(self, job: Job) -> None:
         self._shares[job.id] = _Share()
-        task = self._tasks[job.id] = asyncio.create_task(self._work(job))
+        self._tasks[job.id] = asyncio.create_task(self._work(job))
+        self._tell()
 
-        def end(_task: object) -> None:
-            del self._tasks[job.id], self._shares[job.id]
-            self._tell()
-
-        task.add_done_callback(end)
+    def _end(self, job_id: str) -> None:
+        self._tasks.pop(job_id, None)
+        self._shares.pop(job_id, None)
         self._tell()
 
     async def _work(self, job: Job) -> None:
+        """Nothing is awaited between what the table says of the end and the end: the next run may begin at once."""
         try:
             edit = await self._edit(job)
             outcome = await _to_its_end(asyncio.to_thread(self._files.store, job.id, edit))
             self._jobs.complete(job.id, outcome, self._keep_seconds)
             self.make_room(0)
         except Unreached as why:
-            self._jobs.give_back(job.id)
-            self._rest = min(2 * self._rest or FIRST_REST, LONGEST_REST)
-            _say(f"{why}; {job.id} waits, again in {self._rest:g} s")
+            self._wait(job, str(why))
         except Lost as why:
             self._run_again(job, str(why))
         except DiskFull as error:
@@ -171,6 +170,8 @@ class Runner:
             self._fail(job, "server_error", str(error))
         except Exception as error:
             self._fail(job, "server_error", f"{type(error).__name__}: {error}".splitlines()[0][:500])
+        finally:
+            self._end(job.id)
 
     async def _edit(self, job: Job) -> Edit:
         """Asks the server; raises InputError and ServerError for what it says, Unreached and Lost."""
@@ -214,6 +215,20 @@ class Runner:
                 return in_place(options, source, clip)  # type: ignore[arg-type]
         return options
 
+    def _wait(self, job: Job, why: str) -> None:
+        if self._is_late(job, time.time()):
+            return
+        self._jobs.give_back(job.id)
+        self._rest = min(2 * self._rest or FIRST_REST, LONGEST_REST)
+        _say(f"{why}; {job.id} waits, again in {self._rest:g} s")
+
+    def _is_late(self, job: Job, now: float) -> bool:
+        """Whether a job that no server took has waited for too long; it has then failed."""
+        if job.created_at + self._keep_seconds > now:
+            return False
+        self._fail(job, "expired", f"no server took it within {self._config.keep_hours:g} hours")
+        return True
+
     def _run_again(self, job: Job, why: str) -> None:
         if job.runs < RUNS:
             self._jobs.again(job.id)
@@ -231,8 +246,8 @@ class Runner:
             for job in self._jobs.expired(now):
                 self._forget(job)
             for job in self._jobs.unfinished():
-                if job.status == "queued" and job.created_at + self._keep_seconds < now:
-                    self._fail(job, "expired", f"no server took it within {self._config.keep_hours:g} hours")
+                if job.status == "queued":
+                    self._is_late(job, now)
             await asyncio.sleep(SWEEP_SECONDS)
 
     def _forget(self, job: Job) -> None:

@@ -28,6 +28,8 @@ class Service:
     files: JobFiles
     runner: Runner
     client: AsyncClient
+    stopping: bool = False
+    """Who waits for progress is told no more of it."""
     _clips: dict[str, ServedClip] | None = field(default=None, init=False)
 
     @classmethod

@@ -92,7 +92,7 @@ async def download_content(job: TheJob, service: TheService, variant: Variant = 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse, responses=refused_with(401, 404))
 async def video_events(job: TheJob, service: TheService) -> AsyncIterable[ServerSentEvent]:
-    """How far a video is, each time that changes, until it is completed, failed or removed."""
+    """How far a video is, each time that changes, until it is completed, failed or removed, or the API ends."""
     told: Video | None = None
     while True:
         found = service.jobs.get(job.id)
@@ -102,7 +102,7 @@ async def video_events(job: TheJob, service: TheService) -> AsyncIterable[Server
         if (now := _told(service, found)) != told:
             told = now
             yield ServerSentEvent(event=f"video.{now.status}", data=now)
-        if now.status in ("completed", "failed"):
+        if now.status in ("completed", "failed") or service.stopping:
             return
         await service.runner.changed(QUIET_SECONDS)
 
