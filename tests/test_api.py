@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import supervised
+import trustme
 from api_process import KEY, Api, ended, running, under_way
 from exported import FRAMES, SIDE, Exported, export_once
 from openai import OpenAI
@@ -273,7 +278,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(api):
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
     chunks = iter([b"x" * (1 << 20)] * 65)
     answer = httpx.post(f"{api.url}/videos", content=chunks, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-    assert answer.status_code == 413 and answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.status_code == 413 and answer.json()["error"]["message"].startswith("the body has more than 64 MiB")
 
 
 # What outlives the process.
@@ -310,3 +315,63 @@ def test_one_api_at_a_time_has_a_folder(api, server, capsys):
         capsys.readouterr().err
         == f"tav-opt api: {folder} is in use by another tav-opt api: choose another with --jobs\n"
     )
+
+
+@pytest.mark.full
+def test_a_server_that_dies_amid_a_video_and_one_that_is_away_are_outlived(golden, tmp_path):
+    folder = supervised.repository(golden, tmp_path)
+    with supervised.serving(folder) as run, running(tmp_path / "jobs", run.urls["gRPC"], "--parallel", "1") as api:
+        client = api.client()
+        done = ended(client, client.videos.create(prompt=PROMPT, extra_body=SHORT).id)
+        amid, waiting = (client.videos.create(prompt=PROMPT, extra_body={"steps": 60}).id for _ in range(2))
+        under_way(client, amid)
+        supervised.triton(run.process).kill()
+        told = [ended(client, one) for one in (amid, waiting)]
+        assert [one.status for one in told] == ["completed"] * 2, told
+        assert client.videos.retrieve(done.id) == done
+        assert np.array_equal(*(video.decode(fetched(client, one)).frames for one in (amid, waiting)))
+        assert "".join(api.errors).count("is run again") == 1, api.errors
+        run.process.terminate()
+        run.ended()
+        late = client.videos.create(prompt=PROMPT, extra_body=SHORT)  # of a clip that was told of before
+        until(lambda: any("waits, again in" in line for line in api.errors))
+        address = run.urls["gRPC"].rpartition(":")[2]
+        with supervised.serving(folder, "--grpc-port", address):
+            assert ended(client, late.id).status == "completed"
+
+
+# How it listens, and for whom.
+
+
+def test_it_speaks_tls_and_other_machines_need_keys(server, tmp_path):
+    authority = trustme.CA()
+    pair = authority.issue_cert("localhost", "127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    pair.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "pair.pem"))
+    secured = ("--tls-certificate", str(tmp_path / "pair.pem"), "--tls-key", str(tmp_path / "pair.pem"))
+    with running(tmp_path / "jobs", server.grpc_url, *secured) as api:
+        assert api.url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+        assert httpx.get(f"{api.url}/models", verify=trusting).json()["data"][0]["id"] == "first"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{api.url}/models")
+        for header in ({"Origin": "https://example.org"}, {"Origin": "null"}, {"Host": "example.org"}):
+            assert httpx.get(f"{api.url}/models", verify=trusting, headers=header).status_code == 403
+        here = {"Origin": "http://localhost:3000"}
+        assert httpx.get(f"{api.url}/models", verify=trusting, headers=here).status_code == 200
+
+
+@pytest.mark.full
+def test_nvidias_aiperf_measures_it(api, tmp_path):
+    if (program := shutil.which("aiperf")) is None:
+        pytest.skip("aiperf is not installed")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"text": "{one}"}}\n' for one in ("a panda", "a bear")))
+    asked = [f"--model=first --api-key={KEY} --url={api.url.removesuffix('/v1')} --endpoint-type=video_generation"]
+    asked += ["--tokenizer=builtin --custom-dataset-type=single_turn --download-video-content --ui=none"]
+    asked += ["--concurrency=2 --request-count=4 --extra-inputs=num_inference_steps:2 --input-file=prompts.jsonl"]
+    command = [program, "profile", *" ".join(asked).split(), f"--artifact-dir={tmp_path / 'found'}"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    (path,) = (tmp_path / "found").rglob("profile_export_aiperf.json")
+    found = json.loads(path.read_text())
+    assert found["request_count"]["avg"] == 4 and not found.get("error_summary")

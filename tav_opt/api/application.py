@@ -14,7 +14,7 @@ from tav_opt import __version__
 from tav_opt.api import answers, described, videos
 from tav_opt.api.answers import Health, Model, Models, Refused, refusal
 from tav_opt.api.asking import Owner, TheService
-from tav_opt.api.bodies import WrongKind
+from tav_opt.api.bodies import TooLarge, WrongKind
 from tav_opt.api.described import refused_with
 from tav_opt.api.orders import PRESET_SIGN, UnknownModel, model_of
 from tav_opt.api.service import Service
@@ -24,13 +24,13 @@ from tav_opt.files import DiskFull
 models = APIRouter(tags=["models"])
 
 
-@models.get("/v1/models", responses=refused_with(401, 503))
+@models.get("/v1/models", responses=refused_with(503))
 async def list_models(_owner: Owner, service: TheService) -> Models:
     """The exported clips; each is a model, and with a preset behind it, as clip@fast, another."""
     return Models(data=[answers.model(name, clip) for name, clip in (await service.clips()).items()])
 
 
-@models.get("/v1/models/{name}", responses=refused_with(401, 404, 503))
+@models.get("/v1/models/{name}", responses=refused_with(404, 503))
 async def retrieve_model(name: str, _owner: Owner, service: TheService) -> Model:
     """An exported clip, maybe with a preset."""
     clips = await service.clips()
@@ -54,7 +54,6 @@ def application(service: Service) -> FastAPI:
         title="tav-opt",
         version=__version__,
         description="OpenAI's videos API, for the clips of a running server.",
-        max_body_size=service.config.upload_mib << 20,
         docs_url=None,  # they are pages of others' scripts
         redoc_url=None,
     )
@@ -79,6 +78,8 @@ def _refused(error: Exception) -> Refused:
             return Refused(404, str(error), "model_not_found")
         case WrongKind():
             return Refused(415, str(error))
+        case TooLarge():
+            return Refused(413, str(error))
         case DiskFull() | sqlite3.Error():
             return Refused(503, f"nothing can be written: {error}", "storage_full", Retry_After="60")
         case RequestValidationError():

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 
 from tav_opt.api.asked_fields import SOURCE, Asked, files, lists, request_model
 from tav_opt.api.orders import Kind
@@ -35,6 +36,10 @@ class WrongKind(InputError):
     """The body is neither JSON nor a form."""
 
 
+class TooLarge(InputError):
+    """The body has more bytes than may be sent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Body:
     """What was asked for."""
@@ -46,8 +51,12 @@ class Body:
 
 
 @asynccontextmanager
-async def body_of(request: Request, kind: Kind) -> AsyncIterator[Body]:
-    """Reads a body, and forgets its files at the end; raises InputError for one that is not as it should be."""
+async def body_of(request: Request, kind: Kind, most_mib: int) -> AsyncIterator[Body]:
+    """Reads a body, and forgets its files at the end; raises InputError for one that is not as it should be.
+
+    One that says that it has more than `most_mib` is not read; of others no more than that is.
+    """
+    request = _limited(request, most_mib)
     model, sources = request_model(kind), {SOURCE if kind == "videos" else "video"}
     given = request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
     if given == _JSON:
@@ -61,6 +70,25 @@ async def body_of(request: Request, kind: Kind) -> AsyncIterator[Body]:
             await form.close()
     else:
         raise WrongKind(f"content-type {given[:63]!r}: must be {_JSON} or {_FORM}")
+
+
+def _limited(request: Request, most_mib: int) -> Request:
+    """The same, whose body ends with TooLarge where it is."""
+    most, came = most_mib << 20, 0
+    too_large = TooLarge(f"the body has more than {most_mib} MiB, the most that may be sent")
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated[:20]) > most:
+        raise too_large
+
+    async def receive() -> Message:
+        nonlocal came
+        message = await request.receive()
+        came += len(message.get("body", b""))
+        if came > most:
+            raise too_large
+        return message
+
+    return Request(request.scope, receive)
 
 
 async def _come(body: Awaitable[T]) -> T:

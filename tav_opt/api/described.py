@@ -16,6 +16,7 @@ from tav_opt.api.orders import Kind
 _REASONS = {
     400: "something in the request is wrong",
     401: "the key is missing or unknown",
+    403: "there are no keys, and a page of another site asks",
     404: "there is no such video or model",
     413: "the body is too large",
     415: "the body is neither JSON nor a form",
@@ -25,14 +26,17 @@ _REASONS = {
 
 
 def refused_with(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route."""
-    return {status: {"model": Refusal, "description": _REASONS[status]} for status in statuses}
+    """The refusals of a route, of which some are those of all that need a key."""
+    return {status: {"model": Refusal, "description": _REASONS[status]} for status in sorted({401, 403, *statuses})}
 
 
 def sent_as(kinds: Mapping[Any, tuple[str, str]]) -> dict[int | str, dict[str, Any]]:
     """The files of a route, of these types."""
     schema = {"schema": {"type": "string", "format": "binary"}}
-    return {200: {"description": "the file", "content": {kind: schema for _, kind in kinds.values()}}}
+    content = {kind: schema for _, kind in kinds.values()}
+    parts = {206: "the part of it that Range asks for", 416: "it has no such part"}
+    whole: dict[int | str, dict[str, Any]] = {200: {"description": "the file", "content": content}}
+    return whole | {status: {"description": said} for status, said in parts.items()}
 
 
 def asked_by(kind: Kind) -> dict[str, Any]:

@@ -213,7 +213,8 @@ class Jobs:
         try:
             yield self._db
         except BaseException:
-            self._db.execute("rollback")
+            if self._db.in_transaction:  # a full disk ends it by itself
+                self._db.execute("rollback")
             raise
         self._db.execute("commit")
 

@@ -52,9 +52,10 @@ def order_of(asked: Mapping[str, Any], clip: ServedClip) -> Order:
     _put(given, "preset", preset if sign else None, f"model {asked['model']}")
     _put(given, "steps", asked.get("num_inference_steps"), "num_inference_steps")
     own = {field.name for field in fields(EditConfig)}
-    edit = EditConfig(prompts=(asked["prompt"],), **{n: v for n, v in given.items() if n in own})
+    several = {n: tuple(v) for n, v in given.items() if isinstance(v, list | tuple)}  # lists where they come of JSON
+    edit = EditConfig(prompts=(asked["prompt"],), **{n: v for n, v in (given | several).items() if n in own})
     check_numbers(edit)
-    options = {n: v for n, v in given.items() if n not in own and n not in files()}
+    options = {n: [*v] if n in several else v for n, v in given.items() if n not in own and n not in files()}
     left_out = frozenset(FILLED_IN) - set(given)
     order = Order(
         clip=check_clip_name(name),

@@ -38,19 +38,19 @@ def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService)
 TheJob = Annotated[Job, Depends(the_job)]
 
 
-@router.post("", responses=refused_with(400, 401, 404, 413, 415, 429, 503), openapi_extra=asked_by("videos"))
+@router.post("", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("videos"))
 async def create_video(request: Request, owner: Owner, service: TheService) -> Video:
     """Asks for a video: an edit of the clip that `model` names, or of `input_reference` in its place."""
     return await _create(request, owner, service, "videos")
 
 
-@router.post("/edits", responses=refused_with(400, 401, 404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
+@router.post("/edits", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
 async def edit_video(request: Request, owner: Owner, service: TheService) -> Video:
     """Asks for an edit of a video: one that is sent, or one that was made here."""
     return await _create(request, owner, service, "edits")
 
 
-@router.get("", responses=refused_with(400, 401, 404))
+@router.get("", responses=refused_with(400, 404))
 async def list_videos(
     owner: Owner,
     service: TheService,
@@ -66,20 +66,20 @@ async def list_videos(
     return Videos(data=page, first_id=ends[0], last_id=ends[1], has_more=len(found) > limit)
 
 
-@router.get("/{video_id}", responses=refused_with(401, 404))
+@router.get("/{video_id}", responses=refused_with(404))
 async def retrieve_video(job: TheJob, service: TheService) -> Video:
     """How far a video is."""
     return _told(service, job)
 
 
-@router.delete("/{video_id}", responses=refused_with(401, 404))
+@router.delete("/{video_id}", responses=refused_with(404))
 async def delete_video(job: TheJob, service: TheService) -> Deleted:
     """Removes a video; one that is being made is cancelled."""
     await service.runner.remove(job)
     return Deleted(id=job.id)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse, responses=refused_with(400, 401, 404) | sent_as(FILES))
+@router.get("/{video_id}/content", response_class=FileResponse, responses=refused_with(400, 404) | sent_as(FILES))
 async def download_content(job: TheJob, service: TheService, variant: Variant = "video") -> FileResponse:
     """The MP4; a picture of it; or several of its frames side by side."""
     if job.status != "completed":
@@ -90,7 +90,7 @@ async def download_content(job: TheJob, service: TheService, variant: Variant = 
     return FileResponse(path, media_type=FILES[variant][1], filename=f"{job.id}-{path.name}")
 
 
-@router.get("/{video_id}/events", response_class=EventSourceResponse, responses=refused_with(401, 404))
+@router.get("/{video_id}/events", response_class=EventSourceResponse, responses=refused_with(404))
 async def video_events(job: TheJob, service: TheService) -> AsyncIterable[ServerSentEvent]:
     """How far a video is, each time that changes, until it is completed, failed or removed, or the API ends."""
     told: Video | None = None
@@ -114,7 +114,7 @@ def _told(service: Service, job: Job) -> Video:
 
 async def _create(request: Request, owner: str, service: Service, kind: Kind) -> Video:
     _check_queue(service, owner)  # before anything is read
-    async with body_of(request, kind) as body:
+    async with body_of(request, kind, service.config.upload_mib) as body:
         source = body.asked.get(SOURCE if kind == "videos" else "video")
         made = _made(service, owner, source["id"]) if isinstance(source, Mapping) else None
         asked = {**body.asked}
