@@ -153,16 +153,19 @@ then."""
 UNARY_OUTPUTS = tuple(
     tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps", "metadata", "request_id")
 )
-CLIPS_INPUTS = STREAM_INPUTS[:1]
-CLIPS_OUTPUTS = (
-    ServedTensor(name="frames", dtype="INT32", shape=(1,), doc="how many frames a source must have"),
-    ServedTensor(name="height", dtype="INT32", shape=(1,), doc="of the frames"),
-    ServedTensor(name="width", dtype="INT32", shape=(1,), doc="of the frames"),
-    ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
-    ServedTensor(name="prompt", dtype="STRING", shape=(1,), doc="the caption that it was tuned on"),
-    ServedTensor(name="inversion_steps", dtype="INT32", shape=(1,), doc="of the inversion kept with it"),
+CLIPS_INPUTS = (
+    ServedTensor(name="clip", dtype="STRING", shape=(1,), doc="name of an exported clip; absent: all", optional=True),
 )
-"""The names are those of ServedClip and of ClipInfo."""
+CLIPS_OUTPUTS = (
+    ServedTensor(name="clip", dtype="STRING", shape=(-1,), doc="names of the clips that the others tell of"),
+    ServedTensor(name="frames", dtype="INT32", shape=(-1,), doc="how many frames a source must have"),
+    ServedTensor(name="height", dtype="INT32", shape=(-1,), doc="of the frames"),
+    ServedTensor(name="width", dtype="INT32", shape=(-1,), doc="of the frames"),
+    ServedTensor(name="fps", dtype="FP32", shape=(-1,), doc="frames a second of the clip"),
+    ServedTensor(name="prompt", dtype="STRING", shape=(-1,), doc="the caption that it was tuned on"),
+    ServedTensor(name="inversion_steps", dtype="INT32", shape=(-1,), doc="of the inversion kept with it"),
+)
+"""After the first the names are those of ServedClip and of ClipInfo."""
 
 STARTED_ANEW = "started anew"
 """Words of every refusal by a gateway behind which no server is, for the moment."""
@@ -385,15 +388,19 @@ def _to_tensor(tensor: ServedTensor, value: Any) -> np.ndarray:
         raise InputError(f"{tensor.name} {value} does not fit {tensor.dtype}") from None
 
 
-def to_clip_tensors(info: ClipInfo) -> dict[str, np.ndarray]:
-    """What a client may know of a clip, as the tensors of CLIPS_OUTPUTS."""
-    return {tensor.name: _to_tensor(tensor, getattr(info, tensor.name)) for tensor in CLIPS_OUTPUTS}
+def to_clip_tensors(infos: Mapping[str, ClipInfo]) -> dict[str, np.ndarray]:
+    """What a client may know of clips, by name, as the tensors of CLIPS_OUTPUTS."""
+    told = {t.name: [getattr(info, t.name) for info in infos.values()] for t in CLIPS_OUTPUTS[1:]} | {"clip": [*infos]}
+    return {tensor.name: _to_tensor(tensor, told[tensor.name]) for tensor in CLIPS_OUTPUTS}
 
 
-def from_clip_tensors(tensors: Mapping[str, np.ndarray]) -> ServedClip:
-    """The inverse of `to_clip_tensors`."""
-    values: dict[str, Any] = {name: array.tolist()[0] for name, array in tensors.items()}
-    return ServedClip(**values | {"prompt": values["prompt"].decode()})
+def from_clip_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, ServedClip]:
+    """The inverse of `to_clip_tensors`; servers of before tell no name, which is then empty."""
+    values = {"clip": [b""], **{name: array.tolist() for name, array in tensors.items()}}
+    names, prompts = ([text.decode() for text in values.pop(name)] for name in ("clip", "prompt"))
+    rows = zip(*values.values(), strict=True)
+    told = (dict(zip(values, row, strict=True)) for row in rows)
+    return {n: ServedClip(prompt=p, **one) for n, p, one in zip(names, prompts, told, strict=True)}
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:

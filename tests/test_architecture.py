@@ -24,7 +24,7 @@ ROWS = (
     ("editing", "engines", "metrics"),
     ("tuning", "personalise"),
     ("export", "serving", "client", "sharing", "about"),
-    ("demo", "suite"),
+    ("demo", "suite", "api"),
     ("cli",),
 )
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

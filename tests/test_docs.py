@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import json
 import os
 import re
 import shutil
@@ -52,6 +53,10 @@ SUBSTITUTED = {
     "spider man is skiing on the beach": "a man is skiing",
     "tav-opt request": "tav-opt request --url localhost:{grpc} --steps 2",
     "tav-opt serve": "in_background tav-opt serve --grpc-port {grpc} --http-port {http} --metrics-port {metrics}",
+    "tav-opt api": "api_in_background tav-opt api --url localhost:{grpc} --port {api}",
+    '"seed": 7': '"seed": 7, "steps": 2',
+    "localhost:8080": "localhost:{api}",
+    "-F steps=30": "-F steps=2",
     "tav-opt probe": "tav-opt probe --http-url http://localhost:{http} --metrics-url http://localhost:{metrics}/metrics",
     "localhost:8001": "localhost:{grpc}",
     "localhost:8000": "localhost:{http}",
@@ -81,6 +86,11 @@ in_background() {
   "$@" > serve.log 2>&1 &
   echo $! > serve.pid
   until grep -q ^metrics serve.log; do kill -0 $! || { cat serve.log >&2; exit 1; }; sleep 0.1; done
+}
+api_in_background() {
+  "$@" > api.log 2>&1 &
+  echo $! > api.pid
+  until grep -q ^ready api.log; do kill -0 $! || { cat api.log >&2; exit 1; }; sleep 0.1; done
 }
 """
 
@@ -162,15 +172,16 @@ def world(golden, tmp_path_factory) -> Iterator[World]:
     random = np.random.default_rng(0)
     video.write(folder / "man-skiing.mp4", random.integers(0, 256, (8, 96, 64, 3), dtype=np.uint8), 12)
     video.write(folder / "other.mp4", random.integers(0, 256, (9, 64, 128, 3), dtype=np.uint8), 10)
-    ports = dict(zip(("grpc", "http", "metrics"), map(str, free_ports(3)), strict=True))
+    ports = dict(zip(("grpc", "http", "metrics", "api"), map(str, free_ports(4)), strict=True))
     model = str(golden / "reference_checkpoint" / "sd")
     found = World(folder, {"model": model, "root": str(ROOT), **ports})
     try:
         found.shown = found.shell(BLOCKS[FIRST])
         yield found
     finally:
-        if (folder / "serve.pid").exists():
-            end(int((folder / "serve.pid").read_text()))
+        for name in ("api.pid", "serve.pid"):
+            if (folder / name).exists():
+                end(int((folder / name).read_text()))
 
 
 def free_ports(count: int) -> list[int]:
@@ -321,8 +332,23 @@ def personalised(world: World) -> None:
     assert tav_opt.load(world.folder / "on-sks").info.additions["loras"]
 
 
+def made_by_openai(world: World) -> None:
+    """By the API that the block before started."""
+    world.python(BLOCKS["api.md: OpenAI's videos API, python 1"])
+    assert frames_of(world.folder / "panda.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
+def edited_over_http(world: World) -> None:
+    """By the API that the block before started."""
+    job = json.loads(world.shell(BLOCKS["api.md: OpenAI's videos API, sh 2"]))
+    assert job["object"] == "video" and job["status"] in ("queued", "in_progress")
+
+
 CHECKS = {
     FIRST: daily_use,
+    "api.md: OpenAI's videos API, sh 1": nothing("api.md: OpenAI's videos API, sh 1"),
+    "api.md: OpenAI's videos API, python 1": made_by_openai,
+    "api.md: OpenAI's videos API, sh 2": edited_over_http,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
     "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,

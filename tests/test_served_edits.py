@@ -131,12 +131,32 @@ def test_no_clip_is_told_of_under_another_name(wire, name):
     assert told(wire, b"first").status == "OK"
 
 
+def test_all_clips_are_told_of_where_none_is_named(server):
+    with Client(server.grpc_url) as client:
+        assert client.clips() == {"first": client.clip("first")}
+
+
+def test_a_repository_without_clips_has_none_to_tell_of():
+    assert contract.from_clip_tensors(contract.to_clip_tensors({})) == {}
+
+
+def test_servers_of_before_tell_of_one_clip_without_its_name(server):
+    with Client(server.grpc_url) as client:
+        clip = client.clip("first")
+    tensors = contract.to_clip_tensors({"first": clip})
+    del tensors["clip"]
+    assert contract.from_clip_tensors(tensors) == {"": clip}
+
+
 def test_a_damaged_clip_is_not_the_clients_fault(server, wire):
     folder = server.config.repository / STREAM_MODEL / "1" / "clips" / "damaged"
     folder.mkdir()
     (folder / "manifest.json").write_text("{")
     try:
         assert told(wire, b"damaged").status == "INTERNAL"
+        with Client(server.grpc_url) as client:
+            assert list(client.clips()) == ["first"]
+        until(lambda: any("damaged cannot be read" in line for line in list(server.log)))
     finally:
         shutil.rmtree(folder)
 

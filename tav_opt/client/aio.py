@@ -67,7 +67,14 @@ class AsyncClient:
 
     async def clip(self, name: str, *, deadline_s: float | None = None) -> ServedClip:
         """What an exported clip is and takes in its place, as `Client.clip` tells."""
-        question = Exchange.about(name, self._retry, deadline_s)
+        (told,) = (await self._told(Exchange.about(name, self._retry, deadline_s))).values()
+        return told
+
+    async def clips(self, *, deadline_s: float | None = None) -> dict[str, ServedClip]:
+        """All exported clips by name, as `Client.clips` tells."""
+        return await self._told(Exchange.about(None, self._retry, deadline_s))
+
+    async def _told(self, question: Exchange) -> dict[str, ServedClip]:
         while True:
             message, timeout = question.request()
             try:

@@ -58,6 +58,10 @@ def _content(path: Path | None) -> bytes | None:
     return content
 
 
+class Unreachable(InputError):
+    """No server answers there, or none that this connection is for."""
+
+
 _UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]+)")
 _CLOSED = re.compile("handshake|Socket closed|Connection reset", re.IGNORECASE)
 
@@ -92,28 +96,28 @@ def connect_aio(url: str, tls: Tls | None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(url, tls.credentials(), options(url))
 
 
-def misfit(url: str, tls: Tls | None, details: str) -> InputError | None:
+def misfit(url: str, tls: Tls | None, details: str) -> Unreachable | None:
     """Why a connection that failed with gRPC's `details` will never be one, as to TLS; None where it may.
 
     Where the details leave it open, whoever listens there is asked, for a second at most.
     """
     if tls is not None and (found := _UNTRUSTED.search(details)):
-        return InputError(f"the certificate of {url} is not trusted ({found[1]}): see --root-certificates")
+        return Unreachable(f"the certificate of {url} is not trusted ({found[1]}): see --root-certificates")
     if tls is not None and "Hostname Verification" in details:
-        return InputError(f"the certificate of {url} is for another name: call the server by one that it has")
+        return Unreachable(f"the certificate of {url} is for another name: call the server by one that it has")
     secured = speaks_tls(url) if _CLOSED.search(details) else None
     if secured is True and tls is None:
-        return InputError(f"the server at {url} speaks TLS: try --tls (in Python tls=Tls())")
+        return Unreachable(f"the server at {url} speaks TLS: try --tls (in Python tls=Tls())")
     if secured is False and tls is not None:
-        return InputError(f"the server at {url} speaks no TLS: try without --tls and its files (in Python tls=None)")
+        return Unreachable(f"the server at {url} speaks no TLS: try without --tls and its files (in Python tls=None)")
     return None
 
 
-def unreachable(url: str, tls: Tls | None) -> InputError:
+def unreachable(url: str, tls: Tls | None) -> Unreachable:
     """Nothing answers there, not even to say that it is busy."""
     if tls is not None and tls.certificate is None and speaks_tls(url):
-        return InputError(f"no server answers at {url}: it may ask for a client's certificate (--certificate, --key)")
-    return InputError(f"no server answers at {url}: is it running, and is that its gRPC port? (tav-opt serve)")
+        return Unreachable(f"no server answers at {url}: it may ask for a client's certificate (--certificate, --key)")
+    return Unreachable(f"no server answers at {url}: is it running, and is that its gRPC port? (tav-opt serve)")
 
 
 def speaks_tls(url: str) -> bool | None:

@@ -174,14 +174,14 @@ class Exchange:
         return exchange
 
     @classmethod
-    def about(cls, clip: str, retry: Retry, deadline_s: float | None) -> Exchange:
-        """A question about a clip, whose answer `told` reads."""
-        name = np.array([clip.encode()], np.object_)
-        return cls({"clip": name}, retry=retry, deadline_s=deadline_s, model=CLIPS_MODEL)
+    def about(cls, clip: str | None, retry: Retry, deadline_s: float | None) -> Exchange:
+        """A question about a clip, or about all, whose answer `told` reads."""
+        asked = {} if clip is None else {"clip": np.array([clip.encode()], np.object_)}
+        return cls(asked, retry=retry, deadline_s=deadline_s, model=CLIPS_MODEL)
 
     @staticmethod
-    def told(response: service_pb2.ModelInferResponse) -> ServedClip:
-        """What a clip is, and what it takes."""
+    def told(response: service_pb2.ModelInferResponse) -> dict[str, ServedClip]:
+        """By name what clips are, and what they take."""
         return from_clip_tensors(_tensors(response))
 
     def request(self) -> tuple[service_pb2.ModelInferRequest, float | None]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tav_opt.client.exchange import Options
 from tav_opt.config import ClipConfig, InputError
 from tav_opt.contract import ServedClip, same_speed
+
+if TYPE_CHECKING:
+    from tav_opt.video import Clip
 
 FITTING = ("start", "stride", "uniform", "fit")
 """Options that mean what they mean in ClipConfig."""
@@ -45,10 +48,16 @@ def fitted(options: Options, path: Path, clip: ServedClip, *, began: float) -> O
     left = options.copy()
     for name in ("video", *FITTING):
         left.pop(name, None)  # type: ignore[misc]
-    left["source_frames"] = source.frames
-    if same_speed(left.get("fps"), source.fps):
-        left["fps"] = None if same_speed(source.fps, clip.fps) else source.fps  # servers of before know none
-        left.setdefault("sound", source.sound)
     if (deadline_s := left.get("deadline_s")) is not None:
         left["deadline_s"] = max(deadline_s - (time.monotonic() - began), 1e-3)
-    return left
+    return in_place(left, source, clip)
+
+
+def in_place(options: Options, source: Clip, clip: ServedClip) -> Options:
+    """The options with a source that is fitted already in place of the clip; its speed and sound, unless others are."""
+    placed = options.copy()
+    placed["source_frames"] = source.frames
+    if same_speed(placed.get("fps"), source.fps):
+        placed["fps"] = None if same_speed(source.fps, clip.fps) else source.fps  # servers of before know none
+        placed.setdefault("sound", source.sound)
+    return placed

@@ -76,7 +76,14 @@ class Client:
 
     def clip(self, name: str, *, deadline_s: float | None = None) -> ServedClip:
         """What an exported clip is and takes in its place, told at once, whatever edits run; raises as `edit` does."""
-        question = Exchange.about(name, self._retry, deadline_s)
+        (told,) = self._told(Exchange.about(name, self._retry, deadline_s)).values()
+        return told
+
+    def clips(self, *, deadline_s: float | None = None) -> dict[str, ServedClip]:
+        """All exported clips by name, as `clip` tells of one."""
+        return self._told(Exchange.about(None, self._retry, deadline_s))
+
+    def _told(self, question: Exchange) -> dict[str, ServedClip]:
         while True:
             message, timeout = question.request()
             try:

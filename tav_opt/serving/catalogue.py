@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tav_opt.contract import CLIP_NAME, CLIPS_INPUTS, ClipInfo, to_clip_tensors
 from tav_opt.repository.layout import Stamp, clip_folder, clip_names, info_of, stamp, version_folder
@@ -60,16 +63,29 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         try:
             read(request, (tensor.name for tensor in CLIPS_INPUTS))
-            asked = self._pb.get_input_tensor_by_name(request, "clip").as_numpy()
-            tensors = asked_for(request, to_clip_tensors(self._info(asked[0].decode(errors="replace"))))
+            asked = self._pb.get_input_tensor_by_name(request, "clip")
+            tensors = asked_for(request, to_clip_tensors(self._all() if asked is None else self._one(asked.as_numpy())))
             return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])
         except Exception as error:  # whatever a request does, it gets a response
             code = getattr(self._pb.TritonError, CODES.get(status(error), status(error)))
             return self._pb.InferenceResponse(error=self._pb.TritonError(message(error), code))
 
-    def _info(self, name: str) -> ClipInfo:
+    def _all(self) -> dict[str, ClipInfo]:
+        """But for damaged ones, which cannot be edited: the log names them."""
+        found = {}
+        for name in self._catalogue.names():
+            try:
+                found[name] = self._catalogue.info(name)
+            except UnknownClip:  # removed since
+                pass
+            except Exception as error:
+                print(f"clip {name} cannot be read, and is not told of: {error}", file=sys.stderr, flush=True)
+        return found
+
+    def _one(self, asked: np.ndarray) -> dict[str, ClipInfo]:
+        name = asked[0].decode(errors="replace")
         try:
-            return self._catalogue.info(name)
+            return {name: self._catalogue.info(name)}
         except UnknownClip:
             raise
         except Exception as error:  # the client gave nothing wrong: not an InputError any more

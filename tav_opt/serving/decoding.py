@@ -93,7 +93,8 @@ def frames_of(data: bytes, frames: int, height: int, width: int) -> np.ndarray:
     return found
 
 
-def _restrict() -> None:
+def restrict() -> None:
+    """No more memory than decoding takes, and no file written, from here to the process's end."""
     for kind, most in (
         (resource.RLIMIT_AS, ADDRESS_SPACE),
         (resource.RLIMIT_FSIZE, 0),
@@ -103,7 +104,7 @@ def _restrict() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    _restrict()
+    restrict()
     try:
         found = frames_of(sys.stdin.buffer.read(), *map(int, arguments))
     except InputError as error:

@@ -96,7 +96,7 @@ def read(path: PathLike | ClipConfig, **choice: Unpack[Choice]) -> Clip:
     try:
         with place.open("rb") as file:
             clip = _choose(lambda: moving(file, str(place), LOCAL), chosen, str(place), LOCAL)
-            return _sounding(clip, file, str(place))
+            return with_sound(clip, file, str(place))
     except FileNotFoundError:
         raise InputError(f"{place} does not exist") from None
     except PermissionError:
@@ -109,7 +109,7 @@ def fitted(source: Callable[[], Iterator[Shown]], clip: ClipConfig | Path) -> np
     return _choose(source, chosen, str(place), LOCAL).frames
 
 
-def _sounding(clip: Clip, file: IO[bytes], name: str) -> Clip:
+def with_sound(clip: Clip, file: IO[bytes], name: str) -> Clip:
     """With the sound of its time; pictures that move, GIF and WebP, have none."""
     file.seek(0)
     if clip.begin is None or file.read(4) in (b"RIFF", b"GIF8"):

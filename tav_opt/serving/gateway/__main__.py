@@ -11,8 +11,6 @@ import os
 import signal
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tav_opt.serving.gateway.grpc_face import GrpcFace
 from tav_opt.serving.gateway.http_face import HttpFace
 from tav_opt.serving.gateway.impatient import Impatient
 from tav_opt.serving.gateway.pages import Pages
+from tav_opt.serving.gateway.quiet import Quiet
 from tav_opt.serving.gateway.rules import MAX_REQUEST_BYTES
 from tav_opt.serving.gateway.settings import DRAIN_SECONDS, KEEPALIVE_SECONDS, Settings
 
@@ -41,14 +40,6 @@ _GRPC_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.max_metadata_size", 16 << 10),
 )
-
-
-class _Quiet(uvicorn.Server):
-    """Signals are the process's own to take note of."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def run(settings: Settings) -> None:
@@ -93,8 +84,8 @@ def _secured(settings: Settings) -> dict[str, Any]:
     return pair | {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
 
 
-def _page(app: Any, host: str, port: int, secured: dict[str, Any]) -> _Quiet:
-    return _Quiet(
+def _page(app: Any, host: str, port: int, secured: dict[str, Any]) -> Quiet:
+    return Quiet(
         uvicorn.Config(
             app,
             host=host,

@@ -54,7 +54,7 @@ def _bare(operation: str) -> dict[str, Any]:
 def _asked(operation: str, body: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
     return {
         **_answered(operation, properties),
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "requestBody": {"required": bool(body["required"]), "content": {"application/json": {"schema": body}}},
     }
 
 
@@ -78,7 +78,8 @@ def _infer(served: Served) -> dict[str, Any]:
     )
     asked = _object({"name": {"enum": sorted(served.outputs)}}, ["name"], closed=True)
     lists = {name: {"type": "array", "items": kind} for name, kind in (("inputs", tensor), ("outputs", asked))}
-    return _object({"id": _id(), "parameters": {"type": "object"}, **lists}, ["inputs"], closed=True)
+    needed = [] if all(tensor.optional for tensor in served.inputs.values()) else ["inputs"]
+    return _object({"id": _id(), "parameters": {"type": "object"}, **lists}, needed, closed=True)
 
 
 def _value(tensor: ServedTensor) -> dict[str, Any]:
