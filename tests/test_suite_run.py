@@ -282,9 +282,9 @@ def test_the_report_has_the_papers_table(four: Path) -> None:
 def test_large_reports_have_their_videos_beside(
     four: Path, suite_of_four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tav_opt.suite import report_folder
+    from tav_opt.suite import media, report_folder
 
-    monkeypatch.setattr(report_folder, "EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(media, "EMBEDDED_BYTES", 0)
     suite = read_suite(suite_of_four)
     found = rows(suite, planned(suite_of_four), UnitStore(four))
     for _ in range(2):  # the second takes the place of the first

@@ -19,6 +19,7 @@ from tav_opt.cli import (
     push,
     request,
     serve,
+    study,
     tune,
 )
 
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "edit": edit.run,
     "metrics": metrics.run,
     "evaluate": evaluate.run,
+    "study": study.run,
     "export": export.run,
     "serve": serve.run,
     "probe": probe.run,

@@ -145,7 +145,8 @@ class _Planned:
         kinds = {method.kind for method in suite.methods}
         computes = bool(kinds - {"folder"})
         self._base = Base.at(suite.model).hash if hashed and computes else ""
-        self._networks = dict(suite.measured_by or measured_by(suite.metrics)) if hashed else {}
+        networks = measured_by(suite.metrics) if hashed and suite.measured_by is None else suite.measured_by
+        self._networks = dict(networks or {}) if hashed else {}
         self._captioner = network_hash(resolve(suite.captioner, network=True)) if hashed and suite.captioner else ""
 
     def all(self) -> Iterator[Unit]:
