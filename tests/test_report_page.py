@@ -43,33 +43,33 @@ def by_value(edits: list[dict[str, Any]], of: str, minus: str | None = None) -> 
 def test_filters_leave_what_they_say(page: Any) -> None:
     every = [("one", "cat"), ("one", "dog"), ("two", "cat"), ("two", "dog")]
     assert cards(page) == every
-    page.get_by_label("category").select_option("style")
+    page.locator("#category").select_option("style")
     assert cards(page) == [("one", "dog"), ("two", "dog")]
-    page.get_by_label("video", exact=True).select_option("two")
+    page.locator("#video").select_option("two")
     assert cards(page) == [("two", "dog")]
-    page.get_by_label("category").select_option("all")
-    page.get_by_label("words").press_sequentially("CAT a")
+    page.locator("#category").select_option("all")
+    page.locator("#words").press_sequentially("CAT a")
     assert cards(page) == [("two", "cat")]
-    page.get_by_label("words").fill("nothing of that name")
+    page.locator("#words").fill("nothing of that name")
     assert cards(page) == []
-    page.get_by_label("words").fill("")
-    page.get_by_label("video", exact=True).select_option("all")
+    page.locator("#words").fill("")
+    page.locator("#video").select_option("all")
     assert cards(page) == every
 
 
 def test_edits_are_sorted_by_any_methods_figures_and_by_differences(page: Any, edits: list[dict[str, Any]]) -> None:
-    page.get_by_label("sort by").select_option(METRIC)
+    page.locator("#metric").select_option(METRIC)
     for of in ("ours", "third"):
-        page.get_by_label("of", exact=True).select_option(of)
+        page.locator("#of").select_option(of)
         assert cards(page) == by_value(edits, of)
-    page.get_by_label("minus").select_option("other")
+    page.locator("#minus").select_option("other")
     assert cards(page) == by_value(edits, "third", "other")
     page.get_by_role("button", name="high first").click()
     assert cards(page) == by_value(edits, "third", "other")[::-1]
-    page.get_by_label("category").select_option("subject")
+    page.locator("#category").select_option("subject")
     assert cards(page) == [key for key in by_value(edits, "third", "other")[::-1] if key[1] == "cat"]
     page.get_by_role("button", name="low first").click()
-    page.get_by_label("sort by").select_option("the suite's order")
+    page.locator("#metric").select_option("the suite's order")
     assert cards(page) == [("one", "cat"), ("two", "cat")]
 
 

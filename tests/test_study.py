@@ -40,7 +40,7 @@ def made(run: Path, out: Path, *more: str, against: tuple[str, ...] = ("other",)
     return studies.read(out)
 
 
-def answered(study: studies.Study, rater: int, **more: Any) -> dict[str, Any]:
+def answered(study: studies.Study, rater: int, /, **more: Any) -> dict[str, Any]:
     """What the page would write for a rater of VOTES, who sees ours on the left."""
     answers = []
     for number, item in enumerate(study.items):
@@ -178,10 +178,10 @@ def test_too_few_and_too_many_answers_are_told(run: Path, tmp_path: Path, capsys
         ({"study": "0" * 16}, "answers to study 0000000000000000, this one is"),
         ({"rater": ""}, "rater ''"),
         ({"at": "yesterday"}, "at 'yesterday' is no time"),
-        ({"token": None}, "token None"),
+        ({"token": None}, "token 'None'"),
         ({"answers": [{"item": "ff", "question": QUESTIONS[0], "chosen": "a", "left": "a"}]}, "item 'ff' is not of"),
         ({"answers": [{"item": "ff", "question": "beauty", "chosen": "a", "left": "a"}]}, "question 'beauty'"),
-        ({"more": 1}, "more 1"),
+        ({"more": 1}, "more '1'"),
     ],
 )
 def test_answers_that_make_no_sense_are_one_line(

@@ -72,7 +72,8 @@ def _make(args: MakeStudy) -> None:
     from tav_opt.suite import study
 
     made, page = study.make(args.run, args.against, args.out, method=args.method, raters=args.raters, seed=args.seed)
-    print(f"{len(made.items)} pairs, {args.raters} raters each; answers go to {args.out / study.ANSWERS}")
+    pairs = f"{len(made.items)} pair{'s' * (len(made.items) > 1)}"
+    print(f"{pairs}, {args.raters} raters each; answers go to {args.out / study.ANSWERS}")
     print(page)
 
 

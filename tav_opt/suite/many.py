@@ -28,12 +28,14 @@ from tav_opt.suite.manifests import named_rows
 from tav_opt.suite.scheduling import Outcome
 from tav_opt.suite.suite_file import check_names
 from tav_opt.suite.suite_types import Method, Suite, SuiteVideo
-from tav_opt.suite.unit_store import UNITS, UnitStore
+from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import units
 
 NEEDED = ("video", "prompt")
 OWN = tuple(field.name for field in fields(ClipConfig) if field.name != "video")
 """Columns that there may be beside: a clip's own frames and size; an empty cell is what the command says."""
+WORK = ".many"
+"""Of the folder of checkpoints, where their units lie: `FOLDER/*` are the checkpoints."""
 
 
 def read_clips(path: Path, base: BaseConfig, clip: ClipConfig, train: TrainConfig) -> Suite:
@@ -55,8 +57,6 @@ def read_clips(path: Path, base: BaseConfig, clip: ClipConfig, train: TrainConfi
             check_numbers(video.clip)
             check_text(f"{video.name}: prompt", video.caption or "")
             tuning.check(train, video.caption or "")
-            if video.name.lower() == UNITS:
-                raise InputError(f"no clip can be called {video.name}: give it another name")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     method = Method(name="tuned", tune=train)
@@ -83,7 +83,7 @@ def _value(cell: str) -> Any:
 
 
 def tune_all(suite: Suite, out: PathLike, where: Where, show: Shown) -> tuple[Outcome, list[Path]]:
-    """Tunes the clips that are not tuned yet; each checkpoint is `out/NAME`, a link into `out/units/`.
+    """Tunes the clips that are not tuned yet; each checkpoint is `out/NAME`, a link into `out/.many/`.
 
     A clip of other settings than before is tuned anew, and its link leads there then. Raises InputError where
     something is not there, before anything long begins, and when the disk is full.
@@ -94,8 +94,8 @@ def tune_all(suite: Suite, out: PathLike, where: Where, show: Shown) -> tuple[Ou
         check_place(out / video.name)
         if (place := out / video.name).exists() and not place.is_symlink():
             raise InputError(f"{place} is there and was made by something else: choose another --out")
-    outcome = evaluating.do(suite, out, where, show, lambda place: units(suite, place))
-    store = UnitStore(out)
+    outcome = evaluating.do(suite, out / WORK, where, show, lambda place: units(suite, place))
+    store = UnitStore(out / WORK)
     done = [unit for unit in outcome.units if unit.kind == "tune" and store.done(unit)]
     return outcome, [_linked(out / unit.video.name, store.folder(unit)) for unit in done]
 

@@ -38,8 +38,8 @@ class Pool(Protocol):
     def start(self, unit: Unit) -> None:
         """Begins a unit, whose needs are done."""
 
-    def wait(self) -> Ended:
-        """The next unit that ends."""
+    def wait(self) -> Ended | None:
+        """The next unit that ends; None where there is room that was not there before."""
 
 
 @dataclass
@@ -129,6 +129,8 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
             pool.start(unit)
             running += 1
         ended = pool.wait()
+        if ended is None:
+            continue
         running -= 1
         progress.left[ended.unit.kind] -= 1
         if ended.fatal:

@@ -18,8 +18,6 @@ from tav_opt.suite.units import Unit
 
 ABOUT = "unit.json"
 """Of a unit's folder, written last: a folder that has one is whole."""
-UNITS = "units"
-"""The folder of all of them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class UnitStore:
 
     def folder(self, unit: Unit | str) -> Path:
         """That of a unit, or of its id."""
-        return self.root / UNITS / (unit if isinstance(unit, str) else unit.id)
+        return self.root / "units" / (unit if isinstance(unit, str) else unit.id)
 
     def done(self, unit: Unit | str) -> bool:
         """Whether its result is there and whole."""
