@@ -26,7 +26,8 @@ from tav_opt.suite import captions, image_baselines, results, scheduling, worksh
 from tav_opt.suite.captions import Captioner
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.intervals import bootstrap_interval, fleiss_kappa
-from tav_opt.suite.results import Row, as_markdown, cells, rows
+from tav_opt.suite.results import as_markdown, cells, rows
+from tav_opt.suite.rows import Row
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Place, Unit, measured_by, units

@@ -119,7 +119,7 @@ def _many(args: Tune, file: Path) -> int:
 
 def _of_many(path: Path) -> Tune:
     """What the command line need not say, since the file says it; the model it must."""
-    return Tune(many=path, base=tyro.MISSING, prompt="", clip=ClipConfig(video=NO_VIDEO))
+    return Tune(many=path, base=BaseOptions(model=tyro.MISSING), prompt="", clip=ClipConfig(video=NO_VIDEO))
 
 
 def _of_yaml(path: Path) -> tuple[RunConfig, Tune]:

@@ -17,7 +17,8 @@ from tav_opt import video
 from tav_opt.files import replacing, write_json
 from tav_opt.suite import results
 from tav_opt.suite.media import Media, fit_in_a_page
-from tav_opt.suite.results import Cell, Row
+from tav_opt.suite.results import Cell
+from tav_opt.suite.rows import FILES, Row
 from tav_opt.suite.suite_types import Suite
 from tav_opt.video import contact_sheet
 
@@ -103,7 +104,7 @@ def _markdown(content: _Content) -> str:
 
 def _json(content: _Content, home: Path) -> dict[str, Any]:
     """Files are named as seen from the folder of the results, which may be moved with them."""
-    seen = lambda row: {name: os.path.relpath(vars(row)[name], home) for name in results.FILES}  # noqa: E731
+    seen = lambda row: {name: os.path.relpath(vars(row)[name], home) for name in FILES}  # noqa: E731
     return {
         "suite": str(content.suite.file),
         "model": content.suite.model,

@@ -7,12 +7,12 @@ import io
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tav_opt.config import InputError
 from tav_opt.files import read_object
 from tav_opt.suite.intervals import grouped
+from tav_opt.suite.rows import Row
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Unit
@@ -23,27 +23,6 @@ PAPER = ("frame consistency", "textual alignment")
 LOW_IS_GOOD = ("warping error", "structure distance", "background LPIPS")
 DIGITS = {"textual alignment": 2, "PickScore": 2, "background PSNR": 2}
 """Behind the point, of metrics that are no parts of 1."""
-FILES = ("file", "source")
-"""Fields of a row that are paths."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One edit by one method."""
-
-    method: str
-    video: str
-    edit: str
-    category: str
-    caption: str
-    prompt: str
-    values: dict[str, float]
-    left_out: dict[str, str]
-    networks: dict[str, str]
-    file: Path
-    """The edited video."""
-    source: Path
-    """The source's, of the same frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +62,6 @@ def rows(suite: Suite, planned: Iterable[Unit], store: UnitStore) -> list[Row]:
         )
     check_networks(found)
     return found
-
-
-def reported(run: Path) -> list[Row]:
-    """The rows of an evaluation's report, from the folder of its results; raises InputError where it has none."""
-    report = run / "report" / "report.json"
-    found = read_object(report).get("edits")
-    try:
-        own = [Row(**edit | {name: run / edit[name] for name in FILES}) for edit in found or ()]
-    except (TypeError, KeyError, AttributeError):
-        raise InputError(f"{report} is no report of `tav-opt evaluate`") from None
-    if gone := next((row.file for row in own if not row.file.is_file()), None):
-        raise InputError(f"{gone} is gone: evaluate the suite again")
-    return own
 
 
 def check_networks(found: Iterable[Row]) -> None:

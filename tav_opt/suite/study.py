@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from tav_opt.config import InputError
 from tav_opt.files import check_place, read_object, replacing, write_json
-from tav_opt.suite import results
+from tav_opt.suite import rows
 from tav_opt.suite.media import Media, fit_in_a_page
-from tav_opt.suite.results import Row
+from tav_opt.suite.rows import Row
 
 PAGE = Path(__file__).with_name("study.html")
 KEY, ANSWERS, PAGE_FOLDER = "study.json", "answers", "page"
@@ -75,7 +75,7 @@ def make(run: Path, against: Sequence[str], out: Path, *, method: str, raters: i
     if raters % 2 == 0:
         raise InputError(f"raters {raters}: give an odd number, so that every item has a majority")
     check_place(out / KEY)
-    found = results.reported(run)
+    found = rows.reported(run)
     pairs = _pairs(found, method, against)
     study = _keyed(run.absolute().name, pairs, method, against, raters, seed)
     if (out / PAGE_FOLDER).exists() and not (out / KEY).exists():
