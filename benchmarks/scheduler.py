@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tav_opt.config import ClipConfig, MetricsConfig
 from tav_opt.suite.scheduling import Ended, run
 from tav_opt.suite.suite_types import Method, Suite, SuiteEdit, SuiteVideo
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, units
+from tav_opt.suite.units import Place, Unit, model_of, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,17 @@ class AtOnce:
 
     workers: int
     running: deque[Unit] = field(default_factory=deque)
+    model: str = ""
 
     def room(self) -> bool:
         return len(self.running) < self.workers
 
+    def held(self) -> Collection[str]:
+        return [self.model]
+
     def start(self, unit: Unit) -> None:
         self.running.append(unit)
+        self.model = model_of(unit) or self.model
 
     def wait(self) -> Ended:
         return Ended(unit=self.running.popleft(), seconds=1.0)

@@ -37,11 +37,6 @@ class FreshModel:
         return self.sd
 
 
-def name_of(config: TrainConfig) -> str:
-    """What a fresh model depends on beside its base: clips that are tuned alike in this share one."""
-    return f"video {config.seed} {' '.join(config.trainable)}"
-
-
 def is_kept(config: TrainConfig) -> bool:
     """Whether tuning changes nothing but a clip's values: autocast rounds all others."""
     return config.autocast == "no"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from tav_opt.memory.free import free_bytes
 from tav_opt.suite.scheduling import Ended, attempt
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit
+from tav_opt.suite.units import Place, Unit, model_of
 from tav_opt.suite.workshop import Workshop
 
 Ray = Any
@@ -62,7 +62,7 @@ class RayPool:
         )
         self._coming: dict[Any, tuple[Any, str]] = {}
         self._idle: list[tuple[Any, str]] = []
-        self._busy: dict[Any, tuple[Any, Unit]] = {}
+        self._busy: dict[Any, tuple[Any, Unit, str]] = {}
         self._again: list[Unit] = []
         """Units whose worker died."""
         self._tries: Counter[str] = Counter()
@@ -81,19 +81,23 @@ class RayPool:
     def room(self) -> bool:
         return len(self._idle) > len(self._again)
 
+    def held(self) -> Collection[str]:
+        return {held for _, held in self._idle}
+
     def start(self, unit: Unit) -> None:
         """On a worker that has the model in hand, where one is idle."""
-        wanted = _model_of(unit)
-        worker, _ = self._idle.pop(next((n for n, (_, held) in enumerate(self._idle) if held == wanted), 0))
-        self._busy[worker.do.remote(unit)] = worker, unit
+        wanted = model_of(unit)
+        worker, held = self._idle.pop(next((n for n, (_, held) in enumerate(self._idle) if held == wanted), 0))
+        self._busy[worker.do.remote(unit)] = worker, unit, wanted or held
 
     def wait(self) -> Ended | None:
         while self._again and self._idle:
             self.start(self._again.pop(0))
         (ready, *_), _ = self._ray.wait([*self._busy, *self._coming], num_returns=1)
         if ready in self._coming:
-            return self._came(ready)
-        worker, unit = self._busy.pop(ready)
+            self._came(ready)
+            return None
+        worker, unit, held = self._busy.pop(ready)
         try:
             ended: Ended = self._ray.get(ready)
         except self._ray.exceptions.RayError as error:
@@ -102,7 +106,7 @@ class RayPool:
             for others in idle:  # they may have been on the same node
                 self._ask(*others)
             return self._lost(unit, _reason(error))
-        self._idle.append((worker, _model_of(unit)))
+        self._idle.append((worker, held))
         return ended
 
     def _came(self, ready: Any) -> None:
@@ -131,12 +135,6 @@ class RayPool:
 def _reason(error: Exception) -> str:
     """Ray's errors have many lines, of which the last says what it was."""
     return str(error).strip().splitlines()[-1].strip()
-
-
-def _model_of(unit: Unit) -> str:
-    """Which model a worker has in hand after a unit."""
-    image = unit.method is not None and unit.method.kind in ("per-frame", "plug-and-play")
-    return "" if unit.kind in ("source", "measure") else "image" if image else "video"
 
 
 @contextmanager

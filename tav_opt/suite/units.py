@@ -67,6 +67,18 @@ def units(suite: Suite, place: Place, *, hashed: bool = True) -> list[Unit]:
     return list({unit.id: unit for unit in _Planned(suite, place, hashed).all()}.values())
 
 
+def model_of(unit: Unit) -> str:
+    """Which model a unit works with, by name, "" where with none: units of one name share what is loaded."""
+    if unit.kind == "source":
+        return "" if unit.video.caption is not None else "captioner"
+    method = unit.method
+    if unit.kind == "measure" or method is None or method.kind == "folder":
+        return ""
+    if method.kind == "tune-a-video":
+        return f"video {method.tune.seed} {' '.join(method.tune.trainable)}"
+    return "image"
+
+
 def finished(method: Method, video: str, edit: str) -> Path | None:
     """The finished video of a folder's edit: a file of any format that is read, or a folder of frames."""
     assert method.folder is not None

@@ -33,7 +33,7 @@ from tav_opt.suite.fresh_model import FreshModel
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, finished, measured_by
+from tav_opt.suite.units import Place, Unit, finished, measured_by, model_of
 
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""
@@ -93,19 +93,20 @@ class Workshop:
             self._loads += 1
         return self._held[1]
 
-    def _image_model(self) -> StableDiffusion:
+    def _image_model(self, unit: Unit) -> StableDiffusion:
         load = lambda: models.load_image(self._model(), dtype=self._dtype, device=self._device)  # noqa: E731
-        return self._hold("image", load)
+        return self._hold(model_of(unit), load)
 
-    def _video_model(self, method: Method) -> StableDiffusion:
+    def _video_model(self, unit: Unit) -> StableDiffusion:
         """The base, inflated, as tuning begins with it, whatever was done with it before."""
-        load = lambda: FreshModel.load(self._model(), method.tune, self._device, self._dtype)  # noqa: E731
-        fresh: FreshModel = self._hold(fresh_model.name_of(method.tune), load)
+        load = lambda: FreshModel.load(self._model(), _of(unit).tune, self._device, self._dtype)  # noqa: E731
+        fresh: FreshModel = self._hold(model_of(unit), load)
         return fresh.again()
 
-    def _engine(self, folder: Path, method: Method) -> TorchEngine:
+    def _engine(self, unit: Unit) -> TorchEngine:
         """A tuned clip on its base."""
-        return engine_on(self._video_model(method), checkpoint.load(folder), self._device, self._dtype)
+        tuned = checkpoint.load(self.store.folder(unit.needs[1]))
+        return engine_on(self._video_model(unit), tuned, self._device, self._dtype)
 
     # The units.
 
@@ -117,7 +118,7 @@ class Workshop:
         if caption is None:
             assert self.suite.captioner is not None
             load = lambda: captions.Captioner.open(self.suite.captioner or "", self._device)  # noqa: E731
-            caption = self._hold(f"captioner {self.suite.captioner}", load).caption(clip.frames)
+            caption = self._hold(model_of(unit), load).caption(clip.frames)
         np.save(folder / FRAMES, clip.frames)
         video.write(folder / CLIP, clip.frames, clip.fps)
         made = unit.video.caption is None
@@ -143,7 +144,7 @@ class Workshop:
                     dtype=self._dtype,
                     source=replace(unit.video.clip, video=unit.video.clip.video.absolute()),
                     on_step=lambda stage, step, steps, _loss: on_step(stage, step, steps),
-                    loaded=lambda: self._video_model(method),
+                    loaded=lambda: self._video_model(unit),
                 )
                 _once_free(tune)
             about["model_loaded"] = self._loads > before
@@ -152,7 +153,7 @@ class Workshop:
 
     def _invert(self, unit: Unit, folder: Path, _about: dict[str, Any], on_step: OnStep) -> None:
         clip, _ = self._read(unit)
-        sd = self._image_model()
+        sd = self._image_model(unit)
         models.check_size(clip.frames.shape[1], clip.frames.shape[2], sd.vae_factor)
         latents = models.encode_video(sd, clip.frames)
         steps = _of(unit).edit.steps
@@ -167,7 +168,7 @@ class Workshop:
         if method.kind == "folder":
             frames = self._finished(unit, clip)
         elif method.kind == "tune-a-video":
-            engine = self._engine(self.store.folder(unit.needs[1]), method)
+            engine = self._engine(unit)
             config = replace(method.edit, prompts=(unit.edit.prompt,))
             with without_sparse_causal() if method.attention == "each-frame" else nullcontext():
                 frames = editing.edit(engine, config, on_progress=on_step)[0]
@@ -178,7 +179,7 @@ class Workshop:
 
     def _by_the_image_model(self, unit: Unit, method: Method, on_step: OnStep) -> np.ndarray:
         assert unit.edit is not None
-        sd, config = self._image_model(), replace(method.edit, prompts=(unit.edit.prompt,))
+        sd, config = self._image_model(unit), replace(method.edit, prompts=(unit.edit.prompt,))
         editing.check(config)
         passed = load_file(self.store.folder(unit.needs[1]) / PASSED)["passed"].to(self._device, self._dtype)
         text = models.encode_prompt(sd, [config.negative_prompt, *config.prompts])
