@@ -310,14 +310,16 @@ def asked(world: World) -> None:
 
 
 def counted(world: World) -> None:
-    asked = studies.read(world.folder / "study")
+    if not (world.folder / "study").exists():
+        asked(world)
+    study = studies.read(world.folder / "study")
     answers = [
         {"item": item.item, "question": question, "chosen": "a", "left": "a"}
-        for item in asked.items
+        for item in study.items
         for question in studies.QUESTIONS
     ]
     for rater in range(5):
-        told = {"study": asked.study, "rater": f"r{rater}", "token": "0", "at": "2024-01-01", "answers": answers}
+        told = {"study": study.study, "rater": f"r{rater}", "token": "0", "at": "2024-01-01", "answers": answers}
         (world.folder / "study" / "answers" / f"{rater}.json").write_text(json.dumps(told))
     shown = world.shell(BLOCKS["suite.md: Asking people, sh 2"])
     assert "| per-frame | textual alignment | 1 | " in shown and (world.folder / "study" / "tally.json").is_file()
