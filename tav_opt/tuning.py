@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tav_opt import checkpoint, ddim, editing, inversion, models, plots, tuning_loop, tuning_state, video
+from tav_opt.base.directory import Base
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import (
@@ -55,12 +56,14 @@ def tune(
     source: ClipConfig | None = None,
     edit: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
+    loaded: Callable[[], StableDiffusion] | None = None,
 ) -> Checkpoint:
     """Tunes a Stable Diffusion on a clip and its caption, inverts the clip with it, writes the checkpoint `out`.
 
     `dtype` is what the networks compute in, the device's own unless given (device.dtype_on); what trains has float32
     masters in any case, and they are what the checkpoint keeps. `source` is kept as a note
-    of where the frames came from, `edit` as the clip's own settings of edits (contract.EDIT_DEFAULTS). A run that was
+    of where the frames came from, `edit` as the clip's own settings of edits (contract.EDIT_DEFAULTS). `loaded` gives
+    the model as `load` does, for who keeps it between clips. A run that was
     stopped goes on where its last state was: on processors to the same weights bit for bit (same machine, same number
     of threads); GPUs are asked for the same, which none has shown yet.
     Ctrl-C and SIGTERM save the state after the present step, then raise Interrupted. With a constant learning rate a
@@ -72,10 +75,7 @@ def tune(
     check(config, prompt)
     check_out(out)
     with tuning_loop.running(out):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # attn_temp starts at random where the base is an image model
-            place = usable_device(device)
-            sd = models.load(model, dtype=dtype_on(place, dtype), device=place)
+        sd = loaded() if loaded is not None else load(model, config, device=device, dtype=dtype)
         frames, height, width, _ = clip.frames.shape
         models.check_size(height, width, sd.vae_factor)
         sd.schedule.timesteps(config.inversion_steps)  # too many are refused now, not after tuning
@@ -93,6 +93,20 @@ def tune(
         if not config.keep_state:
             tuning_state.remove(out)
         return checkpoint.load(out)
+
+
+def load(
+    model: PathLike | BaseConfig | Base,
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+) -> StableDiffusion:
+    """A model as tuning begins with it: what an image model lacks is drawn by the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # attn_temp starts at random where the base is an image model
+        place = usable_device(device)
+        return models.load(model, dtype=dtype_on(place, dtype), device=place)
 
 
 def check_out(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,63 @@ def small(golden: Path, tmp_path: Path) -> Callable[..., Path]:
         return written(tmp_path, settings(model, videos=[entry("dog.mp4")]) | more)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; closed after each module, since an event loop of its own runs meanwhile."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
+    )
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Any]:
+    """Opens pages as raters of browsers of their own; nothing may go wrong in them unseen."""
+    contexts, faults = [], []
+
+    def open_page(url: str) -> Any:
+        contexts.append(browser.new_context(viewport={"width": 1000, "height": 900}, accept_downloads=True))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults, faults
+
+
+@pytest.fixture(scope="session")
+def evaluated(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of an evaluation of finished videos: two videos of two edits each, by `ours`, `other` and `third`."""
+    from suites import FRAMES, entry, random_video, settings, written
+
+    from tav_opt import cli
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    edits = [{"prompt": "a cat", "name": "cat", "category": "subject"}]
+    edits += [{"prompt": 'a "dog" <b>&', "name": "dog", "category": "style"}]
+    videos, methods = ("one", "two"), ("ours", "other", "third")
+    for seed, name in enumerate(videos):
+        random_video(folder / f"{name}.mp4", seed=seed)
+        for method in methods:
+            (folder / method / name).mkdir(parents=True)
+            for edit in ("cat", "dog"):
+                random_video(folder / method / name / f"{edit}.mp4", FRAMES, seed=len(list(folder.rglob("*"))))
+    entries = [entry(f"{name}.mp4", edits=edits) for name in videos]
+    model = golden / "reference_checkpoint" / "sd"
+    suite = written(folder, settings(model, videos=entries, methods={name: {"folder": name} for name in methods}))
+    assert cli.main(["evaluate", str(suite), "--out", str(folder / "run")]) == 0
+    return folder / "run"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -100,7 +100,10 @@ def test_no_folder_of_the_root_is_importable_as_kernels_or_export():
         assert not (ROOT / name / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["tav_opt", "tav_opt.client", "tav_opt.contract", "tav_opt.config", "tav_opt.video"])
+@pytest.mark.parametrize(
+    "module",
+    ["tav_opt", "tav_opt.client", "tav_opt.contract", "tav_opt.config", "tav_opt.video", "tav_opt.suite.study_server"],
+)
 def test_light_rooms_do_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -26,11 +26,13 @@ import supervised
 import torch
 from exported import FRAMES, SIDE
 from safetensors.torch import save_file
-from suites import entry, settings, written
+from suites import FRAMES as SUITE_FRAMES
+from suites import entry, random_video, settings, written
 
 import tav_opt
 from tav_opt import cli, client, video
 from tav_opt.files import read_json
+from tav_opt.suite import study as studies
 from tav_opt.suite.suite_file import read_suite
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +76,7 @@ NOT_RUN = {
     "perf_analyzer -m tune_a_video -u localhost:8001 -i grpc --input-data examples/perf_analyzer.json "
     "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
+    "tav-opt study serve study/ --host 0.0.0.0": "listens until it is told to stop; test_study.py asks it",
     "tav-opt export on-own/ --name own": "a minute, of a base of its own; test_additions.py runs it",
 }
 """Lines that cannot run here, and why."""
@@ -303,6 +306,41 @@ def evaluated(world: World) -> None:
     assert page.is_file() and "runs/first/report/index.html" in shown and "ESTIMATE, not a measurement" in shown
 
 
+def asked(world: World) -> None:
+    """Of two methods: finished videos stand in for the second, which takes long."""
+    (world.folder / "done" / "man-skiing").mkdir(parents=True)
+    random_video(world.folder / "done" / "man-skiing" / "subject.mp4", SUITE_FRAMES)
+    kinds = {"ours": {}, "per-frame": {"kind": "folder", "folder": "done"}}
+    suite = written(world.folder, settings(world.places["model"], videos=[entry("man-skiing.mp4")], methods=kinds))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world.folder)
+        assert cli.main(["evaluate", suite.name, "--out", "runs/first/"]) == 0
+    shown = world.shell(BLOCKS["suite.md: Asking people, sh 1"])
+    assert "1 pair, 5 raters each" in shown and (world.folder / "study" / "page" / "index.html").is_file()
+
+
+def counted(world: World) -> None:
+    if not (world.folder / "study").exists():
+        asked(world)
+    study = studies.read(world.folder / "study")
+    answers = [
+        {"item": item.item, "question": question, "chosen": "a", "left": "a"}
+        for item in study.items
+        for question in studies.QUESTIONS
+    ]
+    for rater in range(5):
+        told = {"study": study.study, "rater": f"r{rater}", "token": "0", "at": "2024-01-01", "answers": answers}
+        (world.folder / "study" / "answers" / f"{rater}.json").write_text(json.dumps(told))
+    shown = world.shell(BLOCKS["suite.md: Asking people, sh 2"])
+    assert "| per-frame | textual alignment | 1 | " in shown and (world.folder / "study" / "tally.json").is_file()
+
+
+def tuned_and_exported_together(world: World) -> None:
+    (world.folder / "clips.csv").write_text("video,prompt,name\nman-skiing.mp4,a man is skiing,together\n")
+    shown = world.shell(BLOCKS["suite.md: Only checkpoints, sh 1"])
+    assert "ckpts/together" in shown and "serving/model_repository/tune_a_video_stream/1/clips/together" in shown
+
+
 def read_as_a_suite(world: World) -> None:
     found = read_suite(written(world.folder, BLOCKS["suite.md: The file, yaml 1"].code, "documented.yaml"))
     assert len(found.methods) == 7 and found.videos[0].clip.stride == 1 and found.methods[2].edit.guidance_scale == 7.5
@@ -372,6 +410,9 @@ CHECKS = {
     "sound.md: Sound and speed, sh 1": edited_at_another_speed,
     "suite.md: Suites: many clips, compared, sh 1": evaluated,
     "suite.md: The file, yaml 1": read_as_a_suite,
+    "suite.md: Asking people, sh 1": asked,
+    "suite.md: Asking people, sh 2": counted,
+    "suite.md: Only checkpoints, sh 1": tuned_and_exported_together,
     "tensorrt.md: TensorRT, sh 1": nothing("tensorrt.md: TensorRT, sh 1"),
     "tav_opt.__doc__": edited("tav_opt.__doc__"),
     "Client.__doc__": edited("Client.__doc__"),

@@ -25,6 +25,7 @@ from tav_opt.cli.personalise import Personalise
 from tav_opt.cli.probe import Probe
 from tav_opt.cli.push import Push
 from tav_opt.cli.request import Request
+from tav_opt.cli.study import MakeStudy, ServeStudy, TallyStudy
 from tav_opt.cli.tune import Tune
 from tav_opt.config import InputError, Within, check_numbers
 from tav_opt.demo.run import DemoConfig
@@ -53,6 +54,9 @@ SETTINGS = {
     "demo": DemoConfig,
     "metrics": Metrics,
     "evaluate": Evaluate,
+    "study": MakeStudy,
+    "study serve": ServeStudy,
+    "study tally": TallyStudy,
 }
 """What each command line is read into."""
 GIVEN = {
@@ -74,16 +78,22 @@ GIVEN = {
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
     "metrics": "absent.mp4 --source absent.mp4 --prompt x",
     "evaluate": "absent.yaml --out out",
+    "study": "absent --against x --out study",
+    "study serve": "absent",
+    "study tally": "absent",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
 POSITIONAL = {
     ("metrics", "edit"),
     ("edit", "checkpoint"),
-    ("export", "checkpoint"),
+    ("export", "checkpoints"),
     ("clips add", "checkpoint"),
     ("info", "path"),
     ("push", "checkpoint"),
     ("evaluate", "suite"),
+    ("study", "run"),
+    ("study serve", "study"),
+    ("study tally", "study"),
 }
 NAMES = {"guidance_scale": "guidance"}
 

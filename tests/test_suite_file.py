@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from suites import entry, random_video, written
 
 from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig
+from tav_opt.demo.subjects import MOVING
 from tav_opt.metrics.left_out import LeftOut
 from tav_opt.suite import tgve
 from tav_opt.suite import units as module
@@ -22,6 +24,7 @@ from tav_opt.suite.planning import Plan, plan_of, table
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.units import Place, missing_files, units
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GPU = Place(device="cuda", dtype="float16")
 
 
@@ -35,6 +38,19 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
     (method,), (video,) = found.methods, found.videos
     assert (method.name, method.kind, method.tune, method.edit) == ("ours", "tune-a-video", TrainConfig(), EditConfig())
     assert video.clip == ClipConfig(video=tmp_path / "dog.mp4") and video.edits[0].name == "subject"
+
+
+def test_the_demos_suite_is_what_its_maker_writes(tmp_path: Path) -> None:
+    """16 clips of subjects that no setting was chosen on, an edit of each of the paper's kinds."""
+    maker = runpy.run_path(str(BENCHMARKS / "demo_suite.py"))
+    text = (BENCHMARKS / "demo_suite.yaml").read_text()
+    assert text == maker["suite"]()
+    found = read_suite(written(tmp_path, text))
+    assert len(found.videos) == 16 and found.edits == 64 and len(found.methods) == 6
+    assert not {video.name for video in found.videos} & set(MOVING)
+    for video in found.videos:
+        assert [edit.category for edit in video.edits] == ["subject", "background", "style", "mixed"]
+        assert len({video.caption, *(edit.prompt for edit in video.edits)}) == 5
 
 
 def test_settings_of_the_suite_of_a_video_and_of_a_method(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from suites import entry, random_video, settings, written
 
 from tav_opt import checkpoint, cli, tuning_state
 from tav_opt.config import InputError
+from tav_opt.files import read_object
 from tav_opt.suite import ray_workers
+from tav_opt.suite.suite_file import read_suite
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tav-opt[ray]'")
 pytestmark = pytest.mark.full
@@ -60,6 +64,20 @@ def amid_tuning(out: Path) -> tuple[Path, int]:
     raise AssertionError("nothing is being tuned")
 
 
+def never_back(process: subprocess.Popen[str], folder: Path, steps: int) -> str:
+    """Waits for a driver, whose clip in `folder` must go on from the steps that are saved; returns what it told."""
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.append(process.stderr.read() if process.stderr else ""))
+    reader.start()
+    while process.poll() is None:
+        found = tuning_state.saved_steps(folder)
+        assert found is None or found >= steps, f"tuning begins anew: {found} steps after {steps}"
+        steps = found or steps
+        time.sleep(0.05)
+    reader.join()
+    return told[0]
+
+
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Ray's actors below a driver; they are children of Ray's own processes."""
     below = psutil.Process(process.pid).children(recursive=True)
@@ -74,7 +92,7 @@ def test_workers_may_be_killed_and_the_results_are_those_of_one_process(suite: P
     victims = workers_of(shared)
     assert victims, "no worker of Ray was found"
     victims[0].kill()
-    _, error = shared.communicate()
+    error = never_back(shared, folder, before)
     assert shared.returncode == 0, error
     assert "[12/12]" in error and "FAILED" not in error and before > 0 and folder.is_dir()
     one, two = tuned(tmp_path / "alone"), tuned(tmp_path / "shared")
@@ -93,7 +111,9 @@ def test_a_driver_that_was_killed_goes_on(suite: Path, tmp_path: Path) -> None:
     psutil.wait_procs(below, timeout=60)  # Ray ends what lost its driver
     whole = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*/*/unit.json")}
     assert not (folder / "unit.json").exists() and (tuning_state.saved_steps(folder) or 0) >= steps
-    assert cli.main(["evaluate", str(suite), "--out", str(out)]) == 0
+    second = driver(suite, out, "--workers", "2")
+    error = never_back(second, folder, steps)
+    assert second.returncode == 0 and "FAILED" not in error, error
     for path, written_at in whole.items():
         assert path.stat().st_mtime_ns == written_at, f"{path} was whole and is computed anew"
     assert len(list((out / "units").glob("*/*/unit.json"))) == 12
@@ -105,6 +125,77 @@ def test_a_broken_clip_is_reported_by_workers_too(suite: Path, tmp_path: Path) -
     _, error = process.communicate()
     assert process.returncode == 1 and "source v1: FAILED" in error and "3 units need what failed" in error
     assert set(tuned(tmp_path / "out")) == {"v0", "v2"}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two nodes of one processor each, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    started.second = started.add_node(num_cpus=1)
+    started.wait_for_nodes()
+    yield started
+    started.shutdown()
+
+
+def test_a_node_that_is_lost_takes_nothing_with_it(suite: Path, tmp_path: Path, cluster: Any) -> None:
+    """Its worker has no place any more; what it had in hand goes to the one that is left."""
+    out = tmp_path / "out"
+    process = driver(suite, out, "--ray", cluster.address)
+    folder, steps = amid_tuning(out)
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    error = never_back(process, folder, steps)
+    assert process.returncode == 0 and "[12/12]" in error and "FAILED" not in error, error
+    assert set(tuned(out)) == {"v0", "v1", "v2"}
+
+
+def test_clips_on_one_base_do_not_load_it_again(suite: Path, tmp_path: Path) -> None:
+    """Tuned and edited on the model that its worker has in hand, which it loads once."""
+    process = driver(suite, tmp_path / "out", "--workers", "1")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    abouts = [read_object(path) for path in (tmp_path / "out" / "units").glob("*/*/unit.json")]
+    assert sum(about["model_loaded"] for about in abouts) == 1 and len(abouts) == 12
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, which only root may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_ends_all_workers_and_the_same_command_goes_on(suite: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    process = driver(suite, out, "--workers", "2")
+    _, error = process.communicate()
+    assert process.returncode == 2 and "disk full while writing" in error.splitlines()[-1], error
+    whole = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*/*/unit.json")}
+    assert whole and len(whole) < 12, "the sources have room, checkpoints have not"
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    process = driver(suite, out, "--workers", "2")
+    _, error = process.communicate()
+    assert process.returncode == 0 and "FAILED" not in error, error
+    assert all(path.stat().st_mtime_ns == written_at for path, written_at in whole.items())
+    assert len(list((out / "units").glob("*/*/unit.json"))) == 12
+
+
+def test_many_clips_are_tuned_by_workers(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("video,prompt\nv0.mp4,a dog\nv1.mp4,a cat\n")
+    model = read_suite(suite).model
+    sizes = ["--frames", "3", "--height", "64", "--width", "64", "--steps", "2", "--inversion-steps", "2"]
+    given = ["tune", "--model", str(model), "--many", str(tmp_path / "clips.csv"), "--out", str(tmp_path / "out")]
+    code = "import sys; from tav_opt.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *given, *sizes, "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "out" / name) for name in ("v0", "v1")]
+    assert checkpoint.load(tmp_path / "out" / "v1").info.prompt == "a cat"
 
 
 def test_what_fits_a_cluster() -> None:

@@ -21,12 +21,14 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProc
 from tav_opt import checkpoint, cli, ddim, models, video
 from tav_opt.config import InputError
 from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.files import read_object
 from tav_opt.metrics.clip_encoder import DEMO
 from tav_opt.suite import captions, image_baselines, results, scheduling, workshop
 from tav_opt.suite.captions import Captioner
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.intervals import bootstrap_interval, fleiss_kappa
-from tav_opt.suite.results import Row, as_markdown, cells, rows
+from tav_opt.suite.results import as_markdown, cells, rows
+from tav_opt.suite.rows import Row
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Place, Unit, measured_by, units
@@ -282,9 +284,9 @@ def test_the_report_has_the_papers_table(four: Path) -> None:
 def test_large_reports_have_their_videos_beside(
     four: Path, suite_of_four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tav_opt.suite import report_folder
+    from tav_opt.suite import media, report_folder
 
-    monkeypatch.setattr(report_folder, "EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(media, "EMBEDDED_BYTES", 0)
     suite = read_suite(suite_of_four)
     found = rows(suite, planned(suite_of_four), UnitStore(four))
     for _ in range(2):  # the second takes the place of the first
@@ -468,6 +470,20 @@ def test_a_finished_video_of_another_length_is_named(
     random_video(tmp_path / "done" / "dog" / "subject.mp4", FRAMES + 1)
     status, _, error = evaluate(capsys, small(methods={"x": {"folder": "done"}}), "--out", tmp_path / "out")
     assert status == 1 and f"subject.mp4 has {FRAMES + 1} frames, the clip {FRAMES}" in error
+
+
+def test_each_model_is_loaded_once_for_all_that_need_it(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips are tuned and edited on one base, then the image model does its units, whatever the suite's order."""
+    videos = [entry("dog.mp4"), entry("dog.mp4", name="other")]
+    methods = {"ours": None, "per-frame": None, "from-noise": {"edit": {"inversion": False}}}
+    status, _, error = evaluate(capsys, small(videos=videos, methods=methods), "--out", tmp_path / "out")
+    assert status == 0, error
+    done = [unit for unit in ended(error) if not unit.startswith("measure")]
+    assert done[:3] == ["source dog", "source other", "tune dog"] and done[-1].startswith("edit per-frame--other")
+    abouts = [read_object(path) for path in (tmp_path / "out" / "units").glob("*/*/unit.json")]
+    assert sum(about["model_loaded"] for about in abouts) == 2 and len(abouts) == len(ended(error)) == 18
 
 
 def test_one_folder_has_one_driver(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tav_opt.cli import (
     push,
     request,
     serve,
+    study,
     tune,
 )
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "edit": edit.run,
     "metrics": metrics.run,
     "evaluate": evaluate.run,
+    "study": study.run,
     "export": export.run,
     "serve": serve.run,
     "api": api.run,

@@ -125,15 +125,21 @@ def open_checkpoint(
     """
     place = usable_device(device)
     tuned = checkpoint.load(folder)
-    sd = models.load(base_of(tuned.info, base), dtype=dtype, device=place)
+    return engine_on(models.load(base_of(tuned.info, base), dtype=dtype, device=place), tuned, place, dtype)
+
+
+def engine_on(
+    sd: models.StableDiffusion, tuned: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype
+) -> TorchEngine:
+    """A tuned clip on its base, which is there already; another clip's values give way to this one's."""
     models.put_values(sd.unet, tuned.values)
     _check_latents(sd, tuned)
     eager.check_editing(sd, tuned.info.frames, tuned.info.height, tuned.info.width)
     return TorchEngine(
         sd=sd,
         info=tuned.info,
-        source_latents=tuned.source_latents.to(place, dtype),
-        inverted_latents=tuned.inverted_latents.to(place, dtype),
+        source_latents=tuned.source_latents.to(device, dtype),
+        inverted_latents=tuned.inverted_latents.to(device, dtype),
         sound=tuned.sound,
     )
 

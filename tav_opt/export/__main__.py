@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a tuned clip to the server's model repository."""
+    """Export tuned clips to the server's model repository."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """Folder that `tav-opt tune` wrote, or that the reference implementation saved, or the hub id of a clip."""
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that `tav-opt tune` wrote, or that the reference implementation saved, or hub ids of clips: one or more,
+    one after the other."""
     repository: Path = Path("serving/model_repository")
     """Model repository, made where it is not there."""
     name: str | None = None
-    """The clip's name there (the checkpoint folder's)."""
+    """The clip's name there (the checkpoint folder's); for one checkpoint."""
     target: Literal["onnx", "compiled", "tensorrt", "tensorrt-rtx"] = "onnx"
     """onnx: graphs for ONNX Runtime; every target writes them. compiled: programs by PyTorch's AOTInductor, which needs
     a C++ compiler, for this machine's GPU (fp16; never run so far), or its processor where it has none. tensorrt:
@@ -64,7 +65,7 @@ class ExportConfig:
     """The base model, where it is no longer where the clip was tuned; so are the next four what was added to it."""
     additions: tyro.conf.OmitArgPrefixes[AddedOptions] = field(default_factory=AddedOptions)
     prompt: str | None = None
-    """Caption; only for a directory that the reference saved, as are all below."""
+    """Caption; only for one directory that the reference saved, as are all below."""
     video: Path | None = None
     """Source clip that it was tuned on."""
     start: Index = ClipConfig.start
@@ -97,12 +98,42 @@ def export(arguments: Sequence[str], prog: str) -> int:
     """As `main`; errors are the caller's to tell."""
     config = tyro.cli(ExportConfig, prog=prog, args=arguments)
     check_numbers(config)
-    if not config.checkpoint.is_dir() and hub_id_of(config.checkpoint) is None:
-        raise InputError(f"checkpoint {config.checkpoint} does not exist or is no folder")
-    from tav_opt.export import exporting, parity
+    _check_checkpoints(config)
+    from tav_opt.export import parity
     from tav_opt.export.tensorrt import builder
 
     plan = _plan(config)
+    try:
+        for checkpoint in config.checkpoints:
+            print(*_export_one(checkpoint, config, plan), sep="\n", flush=True)
+    except (parity.ParityError, builder.BuildError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check_checkpoints(config: ExportConfig) -> None:
+    """All of them, before the first is exported."""
+    if not config.checkpoints:
+        raise InputError("give one checkpoint or more")
+    for checkpoint in config.checkpoints:
+        if not checkpoint.is_dir() and hub_id_of(checkpoint) is None:
+            raise InputError(f"checkpoint {checkpoint} does not exist or is no folder")
+    if len(config.checkpoints) == 1:
+        return
+    for option in ("name", "prompt", "video"):
+        if getattr(config, option) is not None:
+            raise InputError(f"--{option} is for one checkpoint, and {len(config.checkpoints)} are given")
+    from tav_opt.export.exporting import name_of
+
+    names = [name_of(checkpoint) for checkpoint in config.checkpoints]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two checkpoints are called {twice}, and their clips would be: export one with --name")
+
+
+def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None) -> list[Path]:
+    """The clip's folder, and those of what is made beside its graphs."""
+    from tav_opt.export import exporting
 
     def report(name: str, found: Parity) -> None:
         print(f"{name}: largest error {found.error:.1e} against eager PyTorch (tolerance {found.tolerance.error:.0e})")
@@ -110,26 +141,20 @@ def export(arguments: Sequence[str], prog: str) -> int:
     def report_edit(name: str, found: EditParity) -> None:
         print(f"a whole edit by {name}: {found.psnr:.1f} dB against eager PyTorch ({found.least:g} dB at least)")
 
-    try:
-        with progress.shown(leave=False) as on_progress:
-            folder = exporting.export(
-                config.checkpoint,
-                config.repository,
-                name=config.name,
-                base=config.moved(),
-                source=config.source(),
-                prompt=config.prompt,
-                inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
-                on_graph=report,
-                on_edit=report_edit,
-                on_progress=on_progress,
-            )
-        folders = [folder, *_beside(config, plan, folder, report, report_edit)]
-    except (parity.ParityError, builder.BuildError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
-    print(*folders, sep="\n")
-    return 0
+    with progress.shown(leave=False) as on_progress:
+        folder = exporting.export(
+            checkpoint,
+            config.repository,
+            name=config.name,
+            base=config.moved(),
+            source=config.source(),
+            prompt=config.prompt,
+            inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
+            on_graph=report,
+            on_edit=report_edit,
+            on_progress=on_progress,
+        )
+    return [folder, *_beside(config, plan, folder, report, report_edit)]
 
 
 def _beside(

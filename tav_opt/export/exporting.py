@@ -55,7 +55,7 @@ def export(
     or a whole edit, that departs from eager PyTorch: either way nothing is written.
     """
     checkpoint_dir = Path(checkpoint_dir)
-    name = check_clip_name(name if name is not None else _name_of(checkpoint_dir))
+    name = check_clip_name(name if name is not None else name_of(checkpoint_dir))
     version = version_folder(repository)
     for place in (base_folder(version, name), clip_folder(version, name)):
         check_place(place)
@@ -102,8 +102,9 @@ def add(
     return Added(clip=clip, seconds=seconds, graphs=clip.info.exported_base not in bases)
 
 
-def _name_of(folder: Path) -> str:
-    return re.sub(r"[^a-z0-9_-]+", "-", folder.resolve().name.lower()).strip("-_")[:63]
+def name_of(folder: Path) -> str:
+    """What a checkpoint's clip is called unless told: the folder's name, or the link's that leads to it."""
+    return re.sub(r"[^a-z0-9_-]+", "-", Path(os.path.abspath(folder)).name.lower()).strip("-_")[:63]
 
 
 def _check_values(tuned: Checkpoint, exported: Path) -> None:

@@ -101,14 +101,14 @@ def plan_of(suite: Suite, planned: Sequence[Unit], place: Place) -> Plan:
     measuring and writing count as none.
     """
     try:
-        base, model = Base.at(suite.model), suite.model
+        base, model = Base.at(suite.model), str(suite.model)
     except InputError:
         base, model = _SD1, f"Stable Diffusion 1.x, since {suite.model} is not here"
     shapes = _Shapes(base, getattr(torch, place.dtype))
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
     for unit in planned:
         found[unit.kind].append(shapes.taken(unit))
-    networks = _networks_gib(suite.metrics)
+    networks = _networks_gib(suite.metrics) if found["measure"] else 0.0
     needs = {
         kind: Need(
             units=len(taken),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from tav_opt.command import MAX_LINE
 from tav_opt.config import InputError
 from tav_opt.device import dtype_on
 from tav_opt.memory.free import free_bytes
 from tav_opt.suite.scheduling import Ended, attempt
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit
+from tav_opt.suite.units import Place, Unit, model_of
 from tav_opt.suite.workshop import Workshop
 
 Ray = Any
@@ -36,13 +37,20 @@ class Worker:
             raise InputError(f"{root} is not seen from {os.uname().nodename}: give a folder that all nodes share")
         self._workshop = Workshop(suite, place, UnitStore(root))
 
+    def ready(self) -> None:
+        """Answers as soon as the worker lives."""
+
     def do(self, unit: Unit) -> Ended:
         """Does a unit; what is wrong with it comes back as one line."""
         return attempt(self._workshop, unit, lambda *_: None)
 
 
 class RayPool:
-    """Workers of Ray; see `evaluating.Pool`."""
+    """Workers of Ray; see `scheduling.Pool`.
+
+    Only a worker that lives is given a unit: one that a cluster has no room for, as after a node was lost, waits for
+    its place, and its unit does not wait with it.
+    """
 
     def __init__(self, ray: Ray, suite: Suite, place: Place, root: Path, workers: int, resources: Mapping[str, float]):
         threads = max(1, (os.cpu_count() or 1) // workers) if place.device == "cpu" else 1
@@ -52,42 +60,81 @@ class RayPool:
             .options(**resources, max_restarts=0, max_task_retries=0)
             .remote(suite, place, root.absolute(), threads)
         )
-        self._idle: list[tuple[Any, str]] = [(self._make(), "") for _ in range(workers)]
-        self._busy: dict[Any, tuple[Any, Unit]] = {}
+        self._coming: dict[Any, tuple[Any, str]] = {}
+        self._idle: list[tuple[Any, str]] = []
+        self._busy: dict[Any, tuple[Any, Unit, str]] = {}
+        self._again: list[Unit] = []
+        """Units whose worker died."""
         self._tries: Counter[str] = Counter()
+        self._not_started = 0
+        """Workers in a row that never lived."""
+        for _ in range(workers):
+            self._add()
+
+    def _add(self) -> None:
+        self._ask(self._make(), "")
+
+    def _ask(self, worker: Any, held: str) -> None:
+        """Whether a worker lives."""
+        self._coming[worker.ready.remote()] = worker, held
 
     def room(self) -> bool:
-        return bool(self._idle)
+        return len(self._idle) > len(self._again)
+
+    def held(self) -> Collection[str]:
+        return {held for _, held in self._idle}
 
     def start(self, unit: Unit) -> None:
         """On a worker that has the model in hand, where one is idle."""
-        wanted = _model_of(unit)
-        worker, _ = self._idle.pop(next((n for n, (_, held) in enumerate(self._idle) if held == wanted), 0))
-        self._busy[worker.do.remote(unit)] = worker, unit
+        wanted = model_of(unit)
+        worker, held = self._idle.pop(next((n for n, (_, held) in enumerate(self._idle) if held == wanted), 0))
+        self._busy[worker.do.remote(unit)] = worker, unit, wanted or held
 
-    def wait(self) -> Ended:
-        while True:
-            (ready, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
-            worker, unit = self._busy.pop(ready)
-            try:
-                ended: Ended = self._ray.get(ready)
-            except self._ray.exceptions.RayError as error:
-                fresh = self._make()
-                self._tries[unit.id] += 1
-                if self._tries[unit.id] < TRIES:
-                    self._busy[fresh.do.remote(unit)] = fresh, unit
-                    continue
-                self._idle.append((fresh, ""))
-                reason = str(error).strip().splitlines()[-1]
-                return Ended(unit=unit, seconds=0.0, fault=f"its worker died {TRIES} times: {reason}"[:500])
-            self._idle.append((worker, _model_of(unit)))
-            return ended
+    def wait(self) -> Ended | None:
+        while self._again and self._idle:
+            self.start(self._again.pop(0))
+        (ready, *_), _ = self._ray.wait([*self._busy, *self._coming], num_returns=1)
+        if ready in self._coming:
+            self._came(ready)
+            return None
+        worker, unit, held = self._busy.pop(ready)
+        try:
+            ended: Ended = self._ray.get(ready)
+        except self._ray.exceptions.RayError as error:
+            self._add()
+            idle, self._idle = self._idle, []
+            for others in idle:  # they may have been on the same node
+                self._ask(*others)
+            return self._lost(unit, _reason(error))
+        self._idle.append((worker, held))
+        return ended
+
+    def _came(self, ready: Any) -> None:
+        """Raises InputError where no worker can work, as where none sees the folder of results."""
+        worker, held = self._coming.pop(ready)
+        try:
+            self._ray.get(ready)
+        except self._ray.exceptions.RayError as error:
+            self._not_started += 1
+            if self._not_started < TRIES:
+                self._add()
+            elif not (self._coming or self._busy or self._idle):
+                raise InputError(f"no worker can be started: {_reason(error)}") from None
+            return
+        self._not_started = 0
+        self._idle.append((worker, held))
+
+    def _lost(self, unit: Unit, reason: str) -> Ended | None:
+        self._tries[unit.id] += 1
+        if self._tries[unit.id] < TRIES:
+            self._again.append(unit)
+            return None
+        return Ended(unit=unit, seconds=0.0, fault=f"its worker died {TRIES} times: {reason}"[:MAX_LINE])
 
 
-def _model_of(unit: Unit) -> str:
-    """Which model a worker has in hand after a unit."""
-    image = unit.method is not None and unit.method.kind in ("per-frame", "plug-and-play")
-    return "" if unit.kind in ("source", "measure") else "image" if image else "video"
+def _reason(error: Exception) -> str:
+    """Ray's errors have many lines, of which the last says what it was."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from PIL import Image
 from tav_opt import video
 from tav_opt.files import replacing, write_json
 from tav_opt.suite import results
-from tav_opt.suite.results import Cell, Row
+from tav_opt.suite.media import Media, fit_in_a_page
+from tav_opt.suite.results import Cell
+from tav_opt.suite.rows import FILES, Row
 from tav_opt.suite.suite_types import Suite
 from tav_opt.video import contact_sheet
 
 PAGE = Path(__file__).with_name("report.html")
-EMBEDDED_BYTES = 24 << 20
-"""Of videos and sheets at most that lie within the page itself; more lie beside it."""
 MOST_SHEETS = 400
 
 
@@ -58,7 +57,7 @@ def write(suite: Suite, found: Sequence[Row], faults: dict[str, str], kept_back:
         folder.mkdir()
         (folder / "report.csv").write_text(results.as_csv(found), encoding="utf-8")
         (folder / "report.md").write_text(_markdown(content), encoding="utf-8")
-        write_json(folder / "report.json", _json(content))
+        write_json(folder / "report.json", _json(content, out.parent))
         page = _page(content, folder)
         (folder / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
@@ -103,14 +102,16 @@ def _markdown(content: _Content) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _json(content: _Content) -> dict[str, Any]:
+def _json(content: _Content, home: Path) -> dict[str, Any]:
+    """Files are named as seen from the folder of the results, which may be moved with them."""
+    seen = lambda row: {name: os.path.relpath(vars(row)[name], home) for name in FILES}  # noqa: E731
     return {
         "suite": str(content.suite.file),
         "model": content.suite.model,
         "networks": _networks(content.found),
         "table": results.as_json(content.table),
         "by category": {name: results.as_json(own) for name, own in _by_category(content.compared).items()},
-        "edits": [vars(row) for row in content.found],
+        "edits": [vars(row) | seen(row) for row in content.found],
         "faults": content.faults,
         "not done for them": list(content.kept_back),
     }
@@ -155,8 +156,7 @@ def _cards(found: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
     for row in found:
         edits.setdefault((row.video, row.edit), []).append(row)
     files = {row.source for row in found} | {row.file for row in found}
-    embed = sum(file.stat().st_size for file in files) <= EMBEDDED_BYTES
-    media = _Media(folder, embed)
+    media = Media(folder, embed=fit_in_a_page(files))
     cards = []
     for number, own in enumerate(edits.values()):
         first = own[0]
@@ -173,41 +173,17 @@ def _cards(found: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
                     row.method: {"file": media.video(row.file, f"{row.method}--{name}.mp4"), "values": row.values}
                     for row in own
                 },
-                "sheet": media.sheet(own, f"{name}.jpg") if number < MOST_SHEETS else None,
+                "sheet": media.put(_sheet(own), "image/jpeg", f"sheets/{name}.jpg") if number < MOST_SHEETS else None,
             }
         )
     return cards
 
 
-class _Media:
-    """Videos and sheets, within the page or beside it."""
-
-    def __init__(self, folder: Path, embed: bool) -> None:
-        self._folder, self._embed = folder, embed
-        self._known: dict[str, str] = {}
-
-    def video(self, file: Path, name: str) -> str:
-        """The address of a copy."""
-        if name not in self._known:
-            self._known[name] = self._address(file, name)
-        return self._known[name]
-
-    def _address(self, file: Path, name: str) -> str:
-        if self._embed:
-            return f"data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}"
-        (self._folder / "videos").mkdir(exist_ok=True)
-        shutil.copyfile(file, self._folder / "videos" / name)
-        return f"videos/{name}"
-
-    def sheet(self, own: Sequence[Row], name: str) -> str:
-        """The address of a contact sheet of an edit: the source, and each method's."""
-        clips = [video.read(own[0].source).frames, *(video.read(row.file).frames for row in own)]
-        captions = [f"source: {own[0].caption}", *(f"{row.method}: {row.prompt}" for row in own)]
-        picture = Image.fromarray(contact_sheet.contact_sheet(clips, captions, columns=6))
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=82)
-        if self._embed:
-            return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-        (self._folder / "sheets").mkdir(exist_ok=True)
-        (self._folder / "sheets" / name).write_bytes(file.getvalue())
-        return f"sheets/{name}"
+def _sheet(own: Sequence[Row]) -> bytes:
+    """A contact sheet of an edit, as JPEG: the source, and each method's."""
+    clips = [video.read(own[0].source).frames, *(video.read(row.file).frames for row in own)]
+    captions = [f"source: {own[0].caption}", *(f"{row.method}: {row.prompt}" for row in own)]
+    picture = Image.fromarray(contact_sheet.contact_sheet(clips, captions, columns=6))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=82)
+    return file.getvalue()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tav_opt.suite import results
-from tav_opt.suite.results import Cell, Row
+from tav_opt.suite.results import Cell
+from tav_opt.suite.rows import Row
 
 COLOURS = ("#2f6db3", "#d9822b", "#4f9d69", "#b5484b", "#7c63b0", "#8a6d4f", "#c76ba6", "#6f7a86")
 INK, GRID = "#808890", "#80889040"

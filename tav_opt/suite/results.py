@@ -7,12 +7,12 @@ import io
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tav_opt.config import InputError
 from tav_opt.files import read_object
 from tav_opt.suite.intervals import grouped
+from tav_opt.suite.rows import Row
 from tav_opt.suite.suite_types import Suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Unit
@@ -23,25 +23,6 @@ PAPER = ("frame consistency", "textual alignment")
 LOW_IS_GOOD = ("warping error", "structure distance", "background LPIPS")
 DIGITS = {"textual alignment": 2, "PickScore": 2, "background PSNR": 2}
 """Behind the point, of metrics that are no parts of 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One edit by one method."""
-
-    method: str
-    video: str
-    edit: str
-    category: str
-    caption: str
-    prompt: str
-    values: dict[str, float]
-    left_out: dict[str, str]
-    networks: dict[str, str]
-    file: Path
-    """The edited video."""
-    source: Path
-    """The source's, of the same frames."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from tav_opt.command import MAX_LINE
 from tav_opt.config import InputError, first_line
 from tav_opt.files import DiskFull
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Unit
+from tav_opt.suite.units import Unit, model_of
 from tav_opt.suite.workshop import Workshop
 
 
@@ -35,11 +35,14 @@ class Pool(Protocol):
     def room(self) -> bool:
         """Whether another unit can be started now."""
 
+    def held(self) -> Collection[str]:
+        """Names of the models that those who are idle have in hand (units.model_of)."""
+
     def start(self, unit: Unit) -> None:
         """Begins a unit, whose needs are done."""
 
-    def wait(self) -> Ended:
-        """The next unit that ends."""
+    def wait(self) -> Ended | None:
+        """The next unit that ends; None where there is room that was not there before."""
 
 
 @dataclass
@@ -49,9 +52,13 @@ class InProcess:
     workshop: Workshop
     on_step: Callable[[Unit, str, int, int], object] = lambda *_: None
     _next: Unit | None = None
+    _held: str = ""
 
     def room(self) -> bool:
         return self._next is None
+
+    def held(self) -> Collection[str]:
+        return [self._held]
 
     def start(self, unit: Unit) -> None:
         self._next = unit
@@ -59,6 +66,7 @@ class InProcess:
     def wait(self) -> Ended:
         assert self._next is not None
         unit, self._next = self._next, None
+        self._held = model_of(unit) or self._held
         return attempt(self.workshop, unit, lambda *step: self.on_step(unit, *step))
 
 
@@ -124,11 +132,13 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
     kept_back: list[Unit] = []
     running = 0
     while waiting or running:
-        while pool.room() and (unit := _ready(waiting, done)) is not None:
+        while pool.room() and (unit := _ready(waiting, done, pool.held())) is not None:
             waiting.remove(unit)
             pool.start(unit)
             running += 1
         ended = pool.wait()
+        if ended is None:
+            continue
         running -= 1
         progress.left[ended.unit.kind] -= 1
         if ended.fatal:
@@ -152,8 +162,15 @@ def _told(unit: Unit, faults: Collection[str]) -> str:
     return f"{name} ({unit.key[:8]})" if name in faults else name
 
 
-def _ready(waiting: Iterable[Unit], done: set[str]) -> Unit | None:
-    return next((unit for unit in waiting if done.issuperset(unit.needs)), None)
+def _ready(waiting: Iterable[Unit], done: set[str], held: Collection[str]) -> Unit | None:
+    """The first that can be done with a model in hand, or with none; else the first that can be done."""
+    first = None
+    for unit in waiting:
+        if done.issuperset(unit.needs):
+            if model_of(unit) in ("", *held):
+                return unit
+            first = first or unit
+    return first
 
 
 def _needing(failed: Unit, waiting: list[Unit]) -> list[Unit]:

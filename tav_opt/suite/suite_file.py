@@ -207,12 +207,12 @@ def _twice(names: list[str]) -> str | None:
 def _check(suite: Suite) -> None:
     """What no part can see alone: names, prompts, numbers."""
     for what, names in (("videos", [v.name for v in suite.videos]), ("methods", [m.name for m in suite.methods])):
-        _check_names(what, names)
+        check_names(what, names)
     for video in suite.videos:
         check_numbers(video.clip)
         if not video.edits:
             raise InputError(f"{video.name}: edits: give one or more")
-        _check_names(f"{video.name}: edits", [edit.name for edit in video.edits])
+        check_names(f"{video.name}: edits", [edit.name for edit in video.edits])
         for text in (video.caption, *(edit.prompt for edit in video.edits)):
             if text is not None and not text.strip():
                 raise InputError(f"{video.name}: caption or prompt {text!r} is empty: say what is shown")
@@ -229,7 +229,8 @@ def _check(suite: Suite) -> None:
             raise InputError(f"{method.name}: warmup {method.tune.warmup} is more than the {method.tune.steps} steps")
 
 
-def _check_names(what: str, names: list[str]) -> None:
+def check_names(what: str, names: list[str]) -> None:
+    """Raises InputError for a name that is none for a folder, and for two that are alike."""
     for name in names:
         if not NAME.match(name):
             raise InputError(f"{what}: name {name!r:.110} is not 1 to 60 letters, digits, '_', '-' and '.'")

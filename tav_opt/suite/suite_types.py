@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from tav_opt.config import ClipConfig, EditConfig, MetricsConfig, TrainConfig, documented
+from tav_opt.config import BaseConfig, ClipConfig, EditConfig, MetricsConfig, TrainConfig, documented
 
 Category = Literal["subject", "background", "style", "mixed", "other"]
 """What an edit changes (paper section 4.2); `other` is what benchmarks have beside."""
@@ -73,8 +73,8 @@ class Suite:
 
     file: Path
     """The YAML file that says it."""
-    model: str
-    """Stable Diffusion directory or hub id."""
+    model: str | BaseConfig
+    """Stable Diffusion directory or hub id, or one with what is added to it."""
     videos: tuple[SuiteVideo, ...]
     """What is edited."""
     methods: tuple[Method, ...]

@@ -67,6 +67,18 @@ def units(suite: Suite, place: Place, *, hashed: bool = True) -> list[Unit]:
     return list({unit.id: unit for unit in _Planned(suite, place, hashed).all()}.values())
 
 
+def model_of(unit: Unit) -> str:
+    """Which model a unit works with, by name, "" where with none: units of one name share what is loaded."""
+    if unit.kind == "source":
+        return "" if unit.video.caption is not None else "captioner"
+    method = unit.method
+    if unit.kind == "measure" or method is None or method.kind == "folder":
+        return ""
+    if method.kind == "tune-a-video":
+        return f"video {method.tune.seed} {' '.join(method.tune.trainable)}"
+    return "image"
+
+
 def finished(method: Method, video: str, edit: str) -> Path | None:
     """The finished video of a folder's edit: a file of any format that is read, or a folder of frames."""
     assert method.folder is not None
@@ -145,7 +157,8 @@ class _Planned:
         kinds = {method.kind for method in suite.methods}
         computes = bool(kinds - {"folder"})
         self._base = Base.at(suite.model).hash if hashed and computes else ""
-        self._networks = dict(suite.measured_by or measured_by(suite.metrics)) if hashed else {}
+        networks = measured_by(suite.metrics) if hashed and suite.measured_by is None else suite.measured_by
+        self._networks = dict(networks or {}) if hashed else {}
         self._captioner = network_hash(resolve(suite.captioner, network=True)) if hashed and suite.captioner else ""
 
     def all(self) -> Iterator[Unit]:

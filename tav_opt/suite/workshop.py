@@ -20,19 +20,20 @@ from tav_opt import checkpoint, ddim, editing, models, tuning, tuning_state, vid
 from tav_opt.base.directory import Base
 from tav_opt.config import InputError
 from tav_opt.device import usable_device
-from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
+from tav_opt.engines.pytorch import TorchEngine, engine_on
 from tav_opt.files import read_object, write_json
 from tav_opt.metrics.edited import Edited
 from tav_opt.metrics.masks import fitted_mask
 from tav_opt.metrics.measuring import Networks, measure
 from tav_opt.models import StableDiffusion
 from tav_opt.solvers import solver
-from tav_opt.suite import captions
+from tav_opt.suite import captions, fresh_model
 from tav_opt.suite.each_frame import without_sparse_causal
+from tav_opt.suite.fresh_model import FreshModel
 from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_frames
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.unit_store import UnitStore
-from tav_opt.suite.units import Place, Unit, finished, measured_by
+from tav_opt.suite.units import Place, Unit, finished, measured_by, model_of
 
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""
@@ -51,6 +52,8 @@ class Workshop:
     store: UnitStore
     _held: tuple[str, Any] | None = field(default=None, init=False)
     """The one model in hand, by what it is."""
+    _loads: int = field(default=0, init=False)
+    """How often that was loaded."""
     _networks: Networks | None = field(default=None, init=False)
     _base: Base | None = field(default=None, init=False)
 
@@ -63,8 +66,10 @@ class Workshop:
             return
         about: dict[str, Any] = {}
         work = {"source": self._source, "invert": self._invert, "edit": self._edit, "measure": self._measure}
+        before = self._loads
         with self.store.writing(unit, about) as folder:
             work[unit.kind](unit, folder, about, on_step)
+            about["model_loaded"] = self._loads > before
 
     # What is held.
 
@@ -85,25 +90,23 @@ class Workshop:
         if self._held is None or self._held[0] != name:
             self._held = None
             self._held = (name, load())
+            self._loads += 1
         return self._held[1]
 
-    def _image_model(self) -> StableDiffusion:
+    def _image_model(self, unit: Unit) -> StableDiffusion:
         load = lambda: models.load_image(self._model(), dtype=self._dtype, device=self._device)  # noqa: E731
-        return self._hold("image", load)
+        return self._hold(model_of(unit), load)
 
-    def _engine(self, folder: Path) -> TorchEngine:
-        """A tuned clip on its base: the base stays, the next clip's values take the place of this one's."""
-        tuned = checkpoint.load(folder)
-        name = f"video {tuned.info.base_hash} {hash(frozenset(tuned.values))}"  # other values would stay behind
-        open_ = lambda: open_checkpoint(folder, device=self._device, dtype=self._dtype, base=self.suite.model)  # noqa: E731
-        engine: TorchEngine = self._hold(name, open_)
-        models.put_values(engine.sd.unet, tuned.values)
-        return replace(
-            engine,
-            info=tuned.info,
-            source_latents=tuned.source_latents.to(self._device, self._dtype),
-            inverted_latents=tuned.inverted_latents.to(self._device, self._dtype),
-        )
+    def _video_model(self, unit: Unit) -> StableDiffusion:
+        """The base, inflated, as tuning begins with it, whatever was done with it before."""
+        load = lambda: FreshModel.load(self._model(), _of(unit).tune, self._device, self._dtype)  # noqa: E731
+        fresh: FreshModel = self._hold(model_of(unit), load)
+        return fresh.again()
+
+    def _engine(self, unit: Unit) -> TorchEngine:
+        """A tuned clip on its base."""
+        tuned = checkpoint.load(self.store.folder(unit.needs[1]))
+        return engine_on(self._video_model(unit), tuned, self._device, self._dtype)
 
     # The units.
 
@@ -115,7 +118,7 @@ class Workshop:
         if caption is None:
             assert self.suite.captioner is not None
             load = lambda: captions.Captioner.open(self.suite.captioner or "", self._device)  # noqa: E731
-            caption = self._hold(f"captioner {self.suite.captioner}", load).caption(clip.frames)
+            caption = self._hold(model_of(unit), load).caption(clip.frames)
         np.save(folder / FRAMES, clip.frames)
         video.write(folder / CLIP, clip.frames, clip.fps)
         made = unit.video.caption is None
@@ -124,8 +127,9 @@ class Workshop:
     def _tune(self, unit: Unit, on_step: OnStep) -> None:
         clip, caption = self._read(unit)
         method = _of(unit)
-        self._held = None
-        with self.store.continuing(unit, {}) as folder:
+        about: dict[str, Any] = {}
+        before = self._loads
+        with self.store.continuing(unit, about) as folder:
             if checkpoint.is_checkpoint(folder) and not (folder / tuning_state.STATE).exists():
                 return  # stopped between its last file and the note that it is whole
             with without_sparse_causal() if method.attention == "each-frame" else nullcontext():
@@ -140,12 +144,16 @@ class Workshop:
                     dtype=self._dtype,
                     source=replace(unit.video.clip, video=unit.video.clip.video.absolute()),
                     on_step=lambda stage, step, steps, _loss: on_step(stage, step, steps),
+                    loaded=lambda: self._video_model(unit),
                 )
                 _once_free(tune)
+            about["model_loaded"] = self._loads > before
+            if not fresh_model.is_kept(method.tune):
+                self._held = None
 
     def _invert(self, unit: Unit, folder: Path, _about: dict[str, Any], on_step: OnStep) -> None:
         clip, _ = self._read(unit)
-        sd = self._image_model()
+        sd = self._image_model(unit)
         models.check_size(clip.frames.shape[1], clip.frames.shape[2], sd.vae_factor)
         latents = models.encode_video(sd, clip.frames)
         steps = _of(unit).edit.steps
@@ -160,7 +168,7 @@ class Workshop:
         if method.kind == "folder":
             frames = self._finished(unit, clip)
         elif method.kind == "tune-a-video":
-            engine = self._engine(self.store.folder(unit.needs[1]))
+            engine = self._engine(unit)
             config = replace(method.edit, prompts=(unit.edit.prompt,))
             with without_sparse_causal() if method.attention == "each-frame" else nullcontext():
                 frames = editing.edit(engine, config, on_progress=on_step)[0]
@@ -171,7 +179,7 @@ class Workshop:
 
     def _by_the_image_model(self, unit: Unit, method: Method, on_step: OnStep) -> np.ndarray:
         assert unit.edit is not None
-        sd, config = self._image_model(), replace(method.edit, prompts=(unit.edit.prompt,))
+        sd, config = self._image_model(unit), replace(method.edit, prompts=(unit.edit.prompt,))
         editing.check(config)
         passed = load_file(self.store.folder(unit.needs[1]) / PASSED)["passed"].to(self._device, self._dtype)
         text = models.encode_prompt(sd, [config.negative_prompt, *config.prompts])
