@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import os.path
 import re
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ SOURCES = "files"
 """Folder of the site for files that lie elsewhere in the repository."""
 NOT_SEARCHED = "---\nsearch: {exclude: true}\n---\n\n"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".tpl": "yaml", "Containerfile": "docker"}
+READ = (".md", ".ipynb")
+"""What is read as text, whose links are followed."""
 MOST_BYTES = 200_000
 """Of a file that becomes a page."""
 
@@ -120,7 +123,7 @@ def _mathml(latex: str, *, block: bool) -> str:
 
 def _linked(place: str, text: str) -> list[str]:
     """What a file of the repository links to, in the repository; of code nothing is a link."""
-    if not place.endswith(".md") and not (ROOT / place).is_dir():
+    if not place.endswith(READ) and not (ROOT / place).is_dir():
         return []
     found = [_path(place, link[2]) for link in LINK.finditer(text)]
     return list(dict.fromkeys(path for path in found if path is not None))
@@ -145,7 +148,7 @@ def _uri(path: str) -> str:
 
 
 def _content(path: str) -> str:
-    """Markdown as it stands, code as a block, a folder as the list of its files."""
+    """Markdown as it stands, a notebook's cells, code as a block, a folder as the list of its files."""
     place = ROOT / path
     if place.is_dir():
         names = sorted(str(file.relative_to(place)) for file in place.rglob("*") if _shown(file))
@@ -153,8 +156,14 @@ def _content(path: str) -> str:
     text = place.read_text(encoding="utf-8")
     if place.suffix == ".md":
         return text
+    if place.suffix == ".ipynb":
+        return "\n\n".join(_cell(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"])
     language = LANGUAGES.get(place.suffix, LANGUAGES.get(place.name, "text"))
     return f"{NOT_SEARCHED}# {path}\n\n````{language}\n{text}\n````\n"
+
+
+def _cell(kind: str, source: str) -> str:
+    return source if kind == "markdown" else f"```python\n{source}\n```"
 
 
 def _shown(file: Path) -> bool:
