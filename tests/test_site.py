@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import html
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,11 +46,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads, where it links to, and what can be linked to."""
+    """What a page loads, where it links to, in its navigation too, and what can be linked to."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.loads, self.links, self.anchors = set[str](), set[str](), set[str]()
+        self.loads, self.links, self.anchors, self.navigation = (set[str]() for _ in range(4))
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -60,6 +64,8 @@ class Page(HTMLParser):
             self.loads.add(address)
         if tag == "a" and "href" in found:
             self.links.add(found["href"])
+            if "md-nav__link" in found.get("class", ""):
+                self.navigation.add(found["href"])
 
 
 @cache
@@ -69,9 +75,8 @@ def page(path: Path) -> Page:
 
 def test_every_page_of_docs_is_in_the_navigation(site):
     """A page that is added tomorrow too: .nav.yml ends with a pattern for all that it does not name."""
-    reached = {link.partition("#")[0] for link in page(site / "index.html").links}
-    missing = [path.name for path in DOCS.glob("*.md") if f"{path.stem}.html" not in reached - {""} | {"index.html"}]
-    assert not missing
+    reached = page(site / "python.html").navigation | {"python.html"}
+    assert not [path.name for path in DOCS.glob("*.md") if f"{path.stem}.html" not in reached]
 
 
 def test_every_link_anchor_and_picture_is_there(site):
@@ -113,7 +118,8 @@ def test_a_page_that_links_to_nowhere_fails_the_build(tmp_path):
     (tmp_path / "mkdocs.yml").write_text(config)
     built = build(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
     assert built.returncode == 1
-    assert "absent.md" in built.stderr and "#absent" in built.stderr and "2 warnings" in built.stderr
+    told = built.stdout + built.stderr
+    assert "'absent.md'" in told and "'index.md#absent'" in told and "2 warnings" in told
 
 
 def test_the_reference_has_every_public_name_and_field(site):
@@ -121,7 +127,7 @@ def test_the_reference_has_every_public_name_and_field(site):
     asked = set(re.findall(r"^<!-- ::: (\S+) -->$", (DOCS / "python.md").read_text(), re.MULTILINE))
     assert {f"tav_opt.{name}" for name in tav_opt.__all__} <= asked
     headings = re.findall(r"<h3[^>]*>(.*?)</h3>", text, re.DOTALL)
-    assert asked <= {re.sub("<[^>]*>", "", heading).strip(" \n¶") for heading in headings}
+    assert asked <= {html.unescape(re.sub("<[^>]*>", "", heading)).strip(" \n¶") for heading in headings}
     assert "guidance_scale" in text and "keep_state" in text, "fields, inherited ones too"
     assert "<!-- :::" not in text
 
@@ -161,3 +167,41 @@ def test_every_message_that_is_quoted_is_in_the_code():
     said = templates()
     assert len(QUOTED) > 40 and "no such message" not in said
     assert not [message for message in QUOTED if not any(message.strip("…") in text for text in said)]
+
+
+# In a browser, opened from the disk.
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if (program := shutil.which("chromium")) is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_the_window_and_ask_nobody(site, browser, width):
+    shown = browser.new_page(viewport={"width": width, "height": 844})
+    asked, wide = [], []
+    shown.on("request", lambda request: asked.append(request.url))
+    for path in sorted(site.glob("*.html")):
+        shown.goto(path.as_uri())
+        if shown.evaluate("document.documentElement.scrollWidth") > width:
+            wide.append(path.name)
+    assert not wide
+    assert not [address for address in asked if not address.startswith(("file:", "data:"))]
+
+
+@pytest.mark.full
+def test_the_search_finds_an_error_by_its_words(site, browser):
+    shown = browser.new_page(viewport={"width": 1280, "height": 844})
+    shown.goto((site / "index.html").as_uri())
+    shown.click(".md-search__input")
+    shown.keyboard.type("deadline has passed")
+    found = shown.wait_for_selector(".md-search-result__link", timeout=20_000)
+    assert found.get_attribute("href").partition("?")[0].endswith("troubleshooting.html")
