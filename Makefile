@@ -4,10 +4,14 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRITON_DEFAULT_FP_FUSION=1
 
-.PHONY: demo test test-full lint server gpu-wheels clean
+.PHONY: demo docs test test-full lint server gpu-wheels clean
 
 demo: .venv/server
 	$(OFFLINE) $(BIN)/tav-opt demo
+
+# build/site/index.html, which opens from the disk; a link, anchor or picture that leads nowhere is an error.
+docs: .venv/installed
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Two halves at a time: these files keep one core busy for minutes, the others wait for processes and disks.
 BESIDE := $(addprefix tests/test_,engines.py kernels.py schedules.py train.py gateway.py demo.py fuzz.py half_graph.py whole_edit.py \
@@ -32,7 +36,7 @@ lint: .venv/installed
 .venv/installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable '.[api,cpu,dev,lora,metrics,trace]'
+	$(PIP) --editable '.[api,cpu,dev,docs,lora,metrics,notebook,trace]'
 	touch $@
 
 # TensorRT for RTX builds engines on any Linux machine; TensorRT's bindings, without its libraries, are the truth about the

@@ -43,6 +43,10 @@ SUBSTITUTED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "{model}",
     "make demo": "make --dry-run --directory {root} demo",
     "make test": "make --dry-run --directory {root} test",
+    "tav_opt/demo/": "{root}/tav_opt/demo/",
+    "--steps 200": "--steps 1",
+    "--steps 500": "--steps 3",
+    "--preview-every 100": "--preview-every 1",
     "tav-opt tune": "tav-opt tune --frames 4 --height 64 --width 64 --steps 2 --inversion-steps 4",
     "TrainConfig(steps=500)": "TrainConfig(steps=1, inversion_steps=2)",
     'prompts=("a panda is skiing",))': 'prompts=("a panda is skiing",), steps=2)',
@@ -66,6 +70,9 @@ SUBSTITUTED = {
 """What the docs say, and what runs here: a small model of few tokens, few steps, no installation, free ports."""
 
 HELM = "no cluster is here; test_chart.py renders the chart with such values"
+DAILY = "README's first block runs the same, into another folder"
+REFERENCE = "a minute, of a base of its own; test_export.py exports what the reference saved"
+CERTIFICATES = "another machine and its certificates; test_faults.py makes some"
 NOT_RUN = {
     "python -m tav_opt.export ckpt/ --target tensorrt-rtx --arch sm89 sm120": "minutes; test_tensorrt.py runs it",
     "helm upgrade --install edits serving/deploy/chart --set image.repository=registry.example/tav-opt "
@@ -78,6 +85,16 @@ NOT_RUN = {
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
     "tav-opt study serve study/ --host 0.0.0.0": "listens until it is told to stop; test_study.py asks it",
     "tav-opt export on-own/ --name own": "a minute, of a base of its own; test_additions.py runs it",
+    "tav-opt tune --model stable-diffusion-v1-5/stable-diffusion-v1-5 --video man-skiing.mp4 "
+    '--prompt "a man is skiing" --out skiing/': DAILY,
+    'tav-opt edit skiing/ --prompt "a panda is skiing" --out panda.mp4': DAILY,
+    'python -m tav_opt.export outputs/man-skiing --video man-skiing.mp4 --prompt "a man is skiing" --fit squash --name '
+    "from-reference": REFERENCE,
+    'tav-opt edit serving/model_repository/tune_a_video_stream/1/clips/from-reference --prompt "a panda is skiing" '
+    "--out panda.mp4": REFERENCE,
+    "tav-opt serve --host 0.0.0.0 --tls-certificate server.pem --tls-key server.key": CERTIFICATES,
+    'tav-opt request --url laptop.local:8001 --root-certificates ca.pem --clip skiing --prompt "a panda is skiing" '
+    "--out panda.mp4": CERTIFICATES,
 }
 """Lines that cannot run here, and why."""
 
@@ -122,7 +139,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 def block_of(documented: Any) -> Block:
     """The code of a docstring, which is all below its first sentence."""
-    return Block(f"{documented.__name__}.__doc__", "python", inspect.getdoc(documented).partition("\n\n")[2])
+    below = (inspect.getdoc(documented) or "").partition("\n\n")[2]
+    return Block(f"{documented.__name__}.__doc__", "python", re.sub(r"^```\w*$", "", below, flags=re.MULTILINE))
 
 
 BLOCKS = {block.name: block for block in [*(b for page in PAGES for b in blocks_of(page)), *map(block_of, DOCSTRINGS)]}
@@ -223,6 +241,10 @@ def daily_use(world: World) -> None:
 
 def made(world: World) -> None:
     assert "tav-opt demo" in (shown := world.shell(BLOCKS["README.md: tav-opt, sh 1"])) and "pytest" in shown
+
+
+def demo_made(world: World) -> None:
+    assert "tav-opt demo" in world.shell(BLOCKS["first-edit.md: First edit in five minutes, sh 1"])
 
 
 def edited(name: str, variable: str = "edit.frames") -> Any:
@@ -361,6 +383,26 @@ def of_ones_own(world: World) -> None:
     assert frames_of(folder / "own.mp4") == (FRAMES, SIDE, SIDE, 3)
 
 
+def first_edited(world: World) -> None:
+    """The package's own model, by hand: the source and two edits side by side."""
+    world.shell(BLOCKS["first-edit.md: The same by hand, sh 1"])
+    frames, height, width, _ = frames_of(world.folder / "edits.gif")
+    assert frames == FRAMES and width > 2.5 * height
+
+
+def looked_at(world: World) -> None:
+    """Tuned, looked at, tuned on: the second command goes on from the first one's last step."""
+    shown = world.shell(BLOCKS["tuning-well.md: Before you tune, sh 1"])
+    previews = sorted(path.name for path in (world.folder / "looked-at" / "previews").iterdir())
+    assert previews == [f"step-{number:05}.png" for number in (1, 2, 3)], shown
+    assert tav_opt.load(world.folder / "looked-at").info.prompt == "a man is skiing"
+
+
+def served_at_home(world: World) -> None:
+    world.shell(BLOCKS["laptop.md: Serving on a laptop, sh 1"])
+    assert frames_of(world.folder / "panda.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
 def personalised(world: World) -> None:
     for number in range(3):
         picture = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -389,6 +431,14 @@ CHECKS = {
     "api.md: OpenAI's videos API, sh 2": edited_over_http,
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
+    "first-edit.md: First edit in five minutes, sh 1": demo_made,
+    "first-edit.md: The same by hand, sh 1": first_edited,
+    "first-edit.md: A clip of your own, sh 1": nothing("first-edit.md: A clip of your own, sh 1"),
+    "tuning-well.md: Before you tune, sh 1": looked_at,
+    "laptop.md: Serving on a laptop, sh 1": served_at_home,
+    "laptop.md: For others in the house, sh 1": nothing("laptop.md: For others in the house, sh 1"),
+    "migration.md: Your checkpoints, sh 1": nothing("migration.md: Your checkpoints, sh 1"),
+    "python.md: Python, python 1": edited("python.md: Python, python 1", "frames"),
     "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,
     "bases.md: Bases of your own, sh 1": of_ones_own,
     "bases.md: Bases of your own, python 1": edited("bases.md: Bases of your own, python 1", "frames"),

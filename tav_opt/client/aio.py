@@ -30,8 +30,10 @@ from tav_opt.contract import ServedClip
 class AsyncClient:
     """A connection to a server, for one event loop; any number of edits at a time.
 
+    ```python
     async with AsyncClient("localhost:8001") as client:
         edit = await client.edit("man-skiing", ["a panda is skiing"])
+    ```
     """
 
     def __init__(self, url: str = "localhost:8001", *, tls: Tls | None = None, retry: Retry | None = None) -> None:

@@ -32,8 +32,10 @@ from tav_opt.contract import ServedClip
 class Client:
     """A connection to a server; any number of edits at a time, from any thread.
 
+    ```python
     with Client("localhost:8001") as client:
         edit = client.edit("man-skiing", ["a panda is skiing"])
+    ```
     """
 
     def __init__(self, url: str = "localhost:8001", *, tls: Tls | None = None, retry: Retry | None = None) -> None:
@@ -127,10 +129,12 @@ class Client:
 class Stream(Iterator[Progress]):
     """An edit under way: an iterator of its progress; then `result()`. Leaving its block cancels what is not done.
 
+    ```python
     with client.stream("man-skiing", ["a panda is skiing"]) as stream:
         for progress in stream:
             print(progress.stage, progress.step, "of", progress.steps)
         edit = stream.result()
+    ```
     """
 
     def __init__(self, client: Client, exchange: Exchange) -> None:
