@@ -149,7 +149,7 @@ NUMBERS = [number for number in NUMBERS if number[2] != "gpus"]  # these are num
 
 @pytest.mark.parametrize(("name", "kind", "field", "hint"), NUMBERS, ids=lambda value: str(value)[:30])
 def test_every_number_has_a_range_that_is_held(name, kind, field, hint):
-    within = config._ranges(kind)[field]
+    within = config.ranges(kind)[field]
     given = {f.name: None for f in fields(kind)}
 
     def check(value: float) -> None:
@@ -172,7 +172,7 @@ def test_every_number_has_a_range_that_is_held(name, kind, field, hint):
 def test_each_command_refuses_a_number_out_of_range_before_anything_else(here, capsys):
     found = [number for number in NUMBERS if number[0] != "export" or "video" not in number[2]]
     for name, kind, field, hint in found:
-        within: Within = config._ranges(kind)[field]
+        within: Within = config.ranges(kind)[field]
         value = "nan" if "float" in str(hint) else str(int(within.low) - 1)
         values = [value, "0.9"] if "tuple" in str(hint) else [value]
         status, error = run(capsys, name, f"--{NAMES.get(field, field).replace('_', '-')}", *values)

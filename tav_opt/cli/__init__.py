@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tav_opt import command
 from tav_opt.cli import (
+    app,
     clips,
     demo,
     edit,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "evaluate": evaluate.run,
     "export": export.run,
     "serve": serve.run,
+    "app": app.run,
     "probe": probe.run,
     "request": request.run,
     "clips": clips.run,
