@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tav_opt import cli, command, config, progress
+from tav_opt.app.app_config import AppConfig
 from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
 from tav_opt.cli.evaluate import Evaluate
@@ -39,6 +40,7 @@ SETTINGS = {
     "edit": Edit,
     "request": Request,
     "serve": ServeConfig,
+    "app": AppConfig,
     "probe": Probe,
     "export": ExportConfig,
     "clips list": ListClips,
@@ -59,6 +61,7 @@ GIVEN = {
     "edit": "unread --prompt x --out e.mp4",
     "request": "--url localhost:9 --attempts 1 --clip x --prompt x --out e.mp4",
     "serve": "--repository repository --grpc-port 0 --http-port 0 --metrics-port 0",
+    "app": "--folder out --root-path wrong",
     "probe": "--http-url http://127.0.0.1:9 --metrics-url http://127.0.0.1:9/metrics",
     "export": "unread --repository repository",
     "clips list": "--repository repository",
