@@ -237,7 +237,7 @@ def asked_to_tune(golden: Path, **train: Any) -> dict[str, Any]:
 
 
 def test_a_run_is_stopped_and_goes_on(golden, dropped, tmp_path):
-    runs = TuningRuns(tmp_path)
+    runs = TuningRuns(tmp_path / "runs", tmp_path / "shown")
     runs.begin("one", dropped, asked_to_tune(golden, steps=400, inversion_steps=2))
     until(lambda: runs.told("one").step >= 2)
     assert runs.stop("one")

@@ -59,6 +59,7 @@ SUBSTITUTED = {
 """What the docs say, and what runs here: a small model of few tokens, few steps, no installation, free ports."""
 
 HELM = "no cluster is here; test_chart.py renders the chart with such values"
+PAGE = "it stays open; test_app.py and test_app_browser.py open it"
 NOT_RUN = {
     "python -m tav_opt.export ckpt/ --target tensorrt-rtx --arch sm89 sm120": "minutes; test_tensorrt.py runs it",
     "helm upgrade --install edits serving/deploy/chart --set image.repository=registry.example/tav-opt "
@@ -69,6 +70,9 @@ NOT_RUN = {
     "perf_analyzer -m tune_a_video -u localhost:8001 -i grpc --input-data examples/perf_analyzer.json "
     "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
+    "pip install 'tav-opt[app]'": PAGE,
+    "tav-opt app": PAGE,
+    "tav-opt app --in-process --repository demo-out/model_repository": PAGE,
     "tav-opt export on-own/ --name own": "a minute, of a base of its own; test_additions.py runs it",
 }
 """Lines that cannot run here, and why."""
@@ -332,6 +336,7 @@ CHECKS = {
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,
+    "page.md: The page, sh 1": nothing("page.md: The page, sh 1"),
     "presets.md: Cheaper edits, sh 1": edited_cheaply,
     "presets.md: Cheaper edits, python 1": edited("presets.md: Cheaper edits, python 1", "frames"),
     "serving.md: From Python, with this package, python 1": edited(

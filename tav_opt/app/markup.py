@@ -73,6 +73,12 @@ def thumbnails(frames: np.ndarray, numbers: Iterable[int]) -> str:
     return f'<div class="tav-strip" tabindex="0" role="group" aria-label="The frames that are taken">{pictures}</div>'
 
 
+def pictures(paths: Iterable[Path]) -> str:
+    """Files, below each other, each named as it is."""
+    found = (f'<img src="{escape(address(path))}" alt="preview {escape(path.stem)}">' for path in paths)
+    return f'<div class="tav-pictures">{"".join(found)}</div>'
+
+
 def _webp(frames: np.ndarray, fps: float) -> str:
     """As a data URL, which needs no file."""
     first, *rest = (Image.fromarray(frame) for frame in frames)

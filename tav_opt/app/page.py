@@ -40,7 +40,7 @@ class Page:
         self.config = config
         self.backend = open_backend(config)
         folder = config.folder.absolute()
-        self.runs = TuningRuns(folder / "runs")
+        self.runs = TuningRuns(folder / "runs", folder / "previews")
         self.rooms = Rooms(
             config=config,
             backend=self.backend,
@@ -80,6 +80,7 @@ class Page:
         config = self.config
         port = _free(config.host, config.port)
         folder = config.folder.absolute()
+        _past_proxies()
         with ExitStack() as stack:
             stack.callback(self.close)
             atexit.register(self.runs.close)
@@ -91,7 +92,7 @@ class Page:
                 ssl_certfile=str(config.tls_certificate) if config.tls_certificate else None,
                 ssl_keyfile=str(config.tls_key) if config.tls_key else None,
                 ssl_verify=False,  # of its own question to itself, whether it is up
-                allowed_paths=[str(folder / "results"), str(folder / "sources")],
+                allowed_paths=[str(folder / name) for name in ("results", "sources", "previews")],
                 theme=_theme(),
                 css_paths=HERE / "page.css",
                 head=f"<script>{(HERE / 'page.js').read_text()}</script>",
@@ -109,6 +110,12 @@ class Page:
         self.blocks.close(verbose=False)
         self.runs.close()
         self.backend.close()
+
+
+def _past_proxies() -> None:
+    """Gradio asks itself whether it is up, through whatever proxy the environment names."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
 
 
 def _theme() -> gr.themes.Base:

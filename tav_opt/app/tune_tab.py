@@ -23,6 +23,8 @@ from tav_opt.config import ClipConfig, InputError, TrainConfig, check_numbers, f
 
 FIRST = ("steps", "lr", "preview_every", "preview_prompts")
 """Settings of tuning that stand in the open."""
+PREVIEWS = 4
+"""The newest, on the page."""
 CHOSEN = {"start", "stride", "frames", "uniform", "fit", "height", "width"}
 """Settings of the clip; of them the frames that are shown depend."""
 
@@ -68,7 +70,7 @@ class TuneTab:
         self.failure = gr.HTML(elem_id="tune-failure")
         self.status = gr.HTML(elem_id="tune-status", min_height=40)
         self.loss = gr.LinePlot(x="step", y="loss", height=230, label="Loss", elem_id="loss", buttons=[])
-        self.previews = gr.Gallery(label="Previews", columns=1, height="auto", elem_id="previews", visible=False)
+        self.previews = gr.HTML(elem_id="previews")
         self.export = gr.Button("Export: edit it on the first tab", elem_id="export")
         self.exported = gr.HTML(elem_id="exported")
 
@@ -192,13 +194,12 @@ class TuneTab:
 
         told = self.runs.told(name)
         table = pd.DataFrame(told.losses, columns=["step", "loss"])
-        drawn = [str(path) for path in self.runs.previews(name)]
         failure = markup.error(told.error) if told.state == "failed" else ""
         return {
             self.status: _line(told),
             self.failure: failure,
             self.loss: table if len(table) else None,
-            self.previews: gr.Gallery(drawn, visible=bool(drawn)),
+            self.previews: markup.pictures(self.runs.previews(name)[:PREVIEWS]),
             self.timer: gr.Timer(active=told.state == "running"),
         }
 

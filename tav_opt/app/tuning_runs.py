@@ -16,7 +16,7 @@ from tav_opt.app.tuner import CHECKPOINT, EVENTS, RUN
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import InputError
 from tav_opt.contract import check_clip_name
-from tav_opt.files import read_object, write_json
+from tav_opt.files import read_object, whole, write_json
 
 State = Literal["running", "stopped", "failed", "done"]
 STOP_SECONDS = 120.0
@@ -41,8 +41,9 @@ class Told:
 class TuningRuns:
     """All of a folder; those that run end with it, and keep their state."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lock = folder.absolute(), threading.Lock()
+    def __init__(self, folder: Path, shown: Path) -> None:
+        self._folder, self.shown, self._lock = folder.absolute(), shown.absolute(), threading.Lock()
+        self.shown.mkdir(parents=True, exist_ok=True)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def names(self) -> list[str]:
@@ -141,8 +142,15 @@ class TuningRuns:
         )
 
     def previews(self, name: str) -> list[Path]:
-        """Pictures that the run has drawn, newest first."""
-        return sorted((self.folder(name) / CHECKPOINT / "previews").glob("step-*.png"), reverse=True)
+        """Pictures that the run has drawn, newest first: copies in `shown`, for the checkpoint is nobody's to fetch."""
+        found = []
+        for path in sorted((self.folder(name) / CHECKPOINT / "previews").glob("step-*.png"), reverse=True):
+            copy = self.shown / f"{name}-{path.stat().st_mtime_ns}-{path.name}"
+            if not copy.exists():
+                with whole(copy) as beside:
+                    shutil.copyfile(path, beside)
+            found.append(copy)
+        return found
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
