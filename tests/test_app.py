@@ -79,14 +79,14 @@ def test_a_new_setting_appears_by_itself(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "shown", "value"),
     [
-        (int, 3.0, 3),
-        (float, 2.5, 2.5),
+        (int, "3", 3),
+        (float, "2.5", 2.5),
         (bool, "off", False),
         (str, "words", "words"),
         (("ddim", "unipc"), "unipc", "unipc"),
         (tuple[str, ...], "one\n two \n", ("one", "two")),
         (tuple[float, float], "0.9, 0.99", (0.9, 0.99)),
-        (int, None, None),
+        (int, "", None),
         (bool, "", None),
     ],
     ids=str,
@@ -98,8 +98,10 @@ def test_a_control_is_read_and_shows_what_was_read(kind, shown, value):
 
 
 def test_what_no_setting_can_be_is_refused_not_rounded():
-    with pytest.raises(InputError, match=r"steps 2\.5 is no whole number"):
-        controls.Setting(name="steps", kind=int).read(2.5)
+    with pytest.raises(InputError, match=r"steps '2\.5' is no whole number"):
+        controls.Setting(name="steps", kind=int).read("2.5")
+    with pytest.raises(InputError, match="eta 'much' is no number"):
+        controls.Setting(name="eta", kind=float).read("much")
     with pytest.raises(InputError, match="betas 'a, b' is not numbers"):
         controls.Setting(name="betas", kind=tuple[float, float]).read("a, b")
 

@@ -164,7 +164,8 @@ class _Local:
 
     def __init__(self, tensors: dict[str, np.ndarray], fps: float, answer: Callable[..., Any]) -> None:
         self._told: queue.Queue[Progress | Edit | _Failed] = queue.Queue()
-        self._stop, self._fps, self._edit = threading.Event(), fps, None
+        self._stop, self._fps = threading.Event(), fps
+        self._edit: Edit | None = None
         threading.Thread(target=self._run, args=(tensors, answer), daemon=True).start()
 
     def _run(self, tensors: dict[str, np.ndarray], answer: Callable[..., Any]) -> None:

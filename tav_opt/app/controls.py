@@ -12,12 +12,16 @@ import gradio as gr
 import numpy as np
 from gradio.components import Component
 
-from tav_opt.config import EditConfig, InputError, Within, described, ranges
+from tav_opt.config import FILLED_IN, EditConfig, InputError, Within, described, ranges
 from tav_opt.contract import STREAM_INPUTS, Request
 
 ELSEWHERE = ("clip", "prompt", "negative_prompt", "preset", "video", "source_frames", "output", "preview_interval")
 """Inputs of an edit that have a place of their own on the page, or that the page decides itself."""
 ON, OFF = "on", "off"
+
+
+MOST = 2**31
+"""A range that ends above is not worth its digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class Setting:
     doc: str = ""
     default: Any = None
     within: Within | None = None
+    filled_in: bool = False
+    """A clip or a preset may have another default."""
 
     @property
     def label(self) -> str:
@@ -38,9 +44,11 @@ class Setting:
 
     def control(self, **more: Any) -> Component:
         """The component, empty, that says what its default is."""
-        info = f"{self.doc.rstrip('.')} ({self.within})" if self.within is not None else self.doc
+        info = self.doc if self.within is None or self.within.high > MOST else f"{self.doc.rstrip('.')} ({self.within})"
         said: dict[str, Any] = {"label": self.label, "info": info, "min_width": 150} | more
-        usual = "as the clip has it" if self.default is None else f"default: {_shown(self.default)}"
+        usual = "not given" if self.default is None else f"default: {words(self.default)}"
+        if self.filled_in:
+            usual = f"clip's, preset's, or {words(self.default)}"
         if self.kind is bytes:
             said.pop("info")
             return gr.File(label=f"{self.label}: {info}", type="filepath", min_width=150)
@@ -48,10 +56,9 @@ class Setting:
             return gr.Dropdown([(usual, ""), *((str(one), one) for one in self.kind)], value="", **said)
         if self.kind is bool:
             return gr.Dropdown([(usual, ""), ON, OFF], value="", **said)
-        if self.kind in (int, float):
-            return gr.Number(value=None, placeholder=usual, step=1 if self.kind is int else 0.1, **said)
-        lines = {"lines": 2} if get_origin(self.kind) is tuple and get_args(self.kind)[0] is str else {}
-        return gr.Textbox(value="", placeholder=usual, **lines, **said)
+        # Numbers too: a gr.Number cannot be empty, it shows and sends 0.
+        lines = 2 if get_origin(self.kind) is tuple and get_args(self.kind)[0] is str else 1
+        return gr.Textbox(value="", placeholder=usual, lines=lines, **said)
 
     def read(self, shown: Any) -> Any:
         """What a control holds as the setting's value, None where it is empty; raises InputError where it is none."""
@@ -61,12 +68,12 @@ class Setting:
             return Path(shown).read_bytes()
         if self.kind is bool:
             return shown == ON
-        if self.kind is int:
-            if shown != int(shown):
-                raise InputError(f"{self.label} {shown:g} is no whole number")
-            return int(shown)
-        if self.kind is float:
-            return float(shown)
+        if self.kind in (int, float):
+            try:
+                return self.kind(shown)
+            except ValueError:
+                number = "whole number" if self.kind is int else "number"
+                raise InputError(f"{self.label} {shown[:63]!r} is no {number}") from None
         if get_origin(self.kind) is tuple:
             return self._several(shown)
         return shown
@@ -74,10 +81,8 @@ class Setting:
     def shown(self, value: Any) -> Any:
         """The inverse of `read`: what the control shows."""
         if value is None:
-            return None if self.kind in (int, float, bytes) else ""
-        if self.kind is bool:
-            return ON if value else OFF
-        return _shown(value) if isinstance(value, tuple | list) else value
+            return None if self.kind is bytes else ""
+        return value if isinstance(self.kind, tuple) else words(value)
 
     def _several(self, shown: str) -> tuple[Any, ...]:
         """Texts, one a line; or numbers with commas between them."""
@@ -90,7 +95,8 @@ class Setting:
             raise InputError(f"{self.label} {shown!r} is not numbers with commas between them") from None
 
 
-def _shown(value: Any) -> str:
+def words(value: Any) -> str:
+    """A setting's value, as people read and write it."""
     if isinstance(value, bool):
         return ON if value else OFF
     if isinstance(value, tuple | list):
@@ -133,6 +139,7 @@ def of_an_edit() -> list[Setting]:
             doc=tensor.doc,
             default=known[tensor.name].default,
             within=known[tensor.name].within,
+            filled_in=tensor.name in FILLED_IN,
         )
         for tensor in tensors
     ]
@@ -144,9 +151,9 @@ def unshown() -> list[str]:
     return [tensor.name for tensor in STREAM_INPUTS if tensor.name not in shown]
 
 
-def drawer(settings: Sequence[Setting], *, prefix: str, columns: int = 2) -> list[Component]:
+def drawer(settings: Sequence[Setting], *, prefix: str, columns: int = 2) -> list[Any]:
     """Their controls, in rows."""
-    made: list[Component] = []
+    made: list[Any] = []
     for start in range(0, len(settings), columns):
         with gr.Row():
             made += [

@@ -93,12 +93,12 @@ class EditTab:
 
     def _outputs(self) -> None:
         self.failure = gr.HTML(elem_id="failure")
-        self.status = gr.HTML(elem_id="status", min_height=40)
+        self.status = gr.HTML(elem_id="status")
         self.stage = gr.HTML(EMPTY, elem_id="stage")
         self.which = gr.Radio([], label="Edit", visible=False, elem_id="which")
         with gr.Row():
             self.files = [
-                gr.DownloadButton(kind.upper(), size="sm", interactive=False, elem_id=f"download-{kind}")
+                gr.DownloadButton(kind.upper(), size="sm", interactive=False, min_width=80, elem_id=f"download-{kind}")
                 for kind in KINDS
             ]
 
@@ -107,10 +107,10 @@ class EditTab:
         with gr.Accordion("Edits made in this browser", open=True):
             self.past = gr.CheckboxGroup([], label="Choose one or two", elem_id="history", elem_classes="tav-history")
             with gr.Row():
-                self.see = gr.Button("Show", size="sm", elem_id="see")
-                self.again = gr.Button("Use these settings again", size="sm", elem_id="again")
-                self.compare = gr.Button("Compare two", size="sm", elem_id="compare")
-                self.forget = gr.Button("Forget", size="sm", elem_id="forget")
+                self.see = gr.Button("Show", size="sm", min_width=110, elem_id="see")
+                self.again = gr.Button("Use these settings again", size="sm", min_width=110, elem_id="again")
+                self.compare = gr.Button("Compare two", size="sm", min_width=110, elem_id="compare")
+                self.forget = gr.Button("Forget", size="sm", min_width=110, elem_id="forget")
 
     def _events(self) -> None:
         showing = [self.stage, self.status, self.failure, self.which, *self.files]
@@ -215,7 +215,7 @@ class EditTab:
         options |= {"preview_interval": max(1, steps // PREVIEWS)}
         served = self.rooms.backend.clip(clip)
         if video is not None:
-            options = fitted({**options, **fitting}, Path(video), served, began=time.monotonic())
+            options = fitted(options | fitting, Path(video), served, began=time.monotonic())
         name = Path(video).name if video is not None else None
         return _Asked(
             clip=clip, served=served, edit=edit, options=options, preset=preset, given={**fitting, **given}, video=name

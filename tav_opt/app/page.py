@@ -59,7 +59,7 @@ class Page:
                     with gr.Tab("Tune", id="tune"):
                         tune = TuneTab(self.config, self.runs)
                         tune.exports(edit.clip, self._clips)
-                    blocks.load(tune.opened, None, tune.loaded, **AT_ONCE)
+                    blocks.load(tune.opened, None, tune.run, **AT_ONCE)
                 with gr.Tab("Clips and server", id="clips") as tab:
                     clips = ClipsTab(self.config, self.backend)
                     tab.select(clips.looked, None, [clips.health, clips.clips], **AT_ONCE)
@@ -125,6 +125,12 @@ def _theme() -> gr.themes.Base:
         neutral_hue="slate",
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_padding="0",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
     )
 
 

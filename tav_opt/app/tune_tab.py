@@ -68,7 +68,7 @@ class TuneTab:
             self.stop = gr.Button("Stop", elem_id="tune-stop", scale=1, min_width=80)
             self.go_on = gr.Button("Go on", elem_id="go-on", scale=1, min_width=80)
         self.failure = gr.HTML(elem_id="tune-failure")
-        self.status = gr.HTML(elem_id="tune-status", min_height=40)
+        self.status = gr.HTML(elem_id="tune-status")
         self.loss = gr.LinePlot(x="step", y="loss", height=230, label="Loss", elem_id="loss", buttons=[])
         self.previews = gr.HTML(elem_id="previews")
         self.export = gr.Button("Export: edit it on the first tab", elem_id="export")
@@ -79,22 +79,13 @@ class TuneTab:
         train = [*self.train_shown, *self.more_shown]
         shown = [self.video, self.model, *self.clip_shown, *train]
         gr.on(
-            [self.video.change, *(one.change for one in self.clip_shown)],
+            [one.change for one in shown],
             self.looked_at,
             shown,
             [self.frames, self.needed],
             trigger_mode="always_last",
             **AT_ONCE,
         )
-        gr.on(
-            [self.model.change, *(one.change for one in train)],
-            self.looked_at,
-            shown,
-            [self.frames, self.needed],
-            trigger_mode="always_last",
-            **AT_ONCE,
-        )
-        self.model.change(self.suits, self.model, [*self.clip_shown, *self.train_shown], **AT_ONCE)
         self.video.change(self.named, [self.video, self.name], self.name, **AT_ONCE)
         self.begin.click(self.begun, [self.caption, self.name, *shown], [self.run, *told, self.begin], **AT_ONCE)
         self.timer.tick(self.watched, self.run, told, **AT_ONCE)
@@ -114,25 +105,22 @@ class TuneTab:
 
     # Before the start.
 
-    def suits(self, model: str) -> list[Any]:
-        """What suits the model, in the open settings."""
-        found = suited(model)
-        settings = [*self.clip_settings, *self.train_settings]
-        return [gr.skip() if one.name not in found else one.shown(found[one.name]) for one in settings]
-
     def named(self, path: str | None, name: str) -> str:
         """A name for the run, of the video's."""
         if name or not path:
             return name
         return re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()).strip("-_")[:40]
 
-    def _read(self, path: str | None, shown: Sequence[Any]) -> tuple[ClipConfig, TrainConfig]:
-        count, first = len(self.clip_settings), len(self.train_settings)
-        clip = controls.given(self.clip_settings, shown[:count])
-        train = controls.given(self.train_settings, shown[count : count + first])
-        train |= controls.given(self.more_settings, shown[count + first :])
+    def _read(self, path: str | None, model: str, shown: Sequence[Any]) -> tuple[ClipConfig, TrainConfig]:
+        """What is given; for the rest what suits the model, or else the paper's."""
         if path is None:
             raise InputError("no video: drop one in")
+        if model not in self.config.offered_models:
+            raise InputError(f"model {model!r} is not offered here")
+        settings = [*self.clip_settings, *self.train_settings, *self.more_settings]
+        found = {**suited(model), **controls.given(settings, shown)}
+        clip = {name: value for name, value in found.items() if name in CHOSEN}
+        train = {name: value for name, value in found.items() if name not in CHOSEN}
         configs = ClipConfig(video=Path(path), **clip), TrainConfig(**train)
         for config in configs:
             check_numbers(config)
@@ -143,9 +131,11 @@ class TuneTab:
         if path is None:
             return "", ""
         try:
-            clip, train = self._read(path, shown)
+            clip, train = self._read(path, model, shown)
             taken = video.read(clip)
             text, fits = estimate(model, train, clip.frames, clip.height, clip.width)
+            usual = ", ".join(f"{name} {controls.words(value)}" for name, value in suited(model).items())
+            text += f" Where nothing is given: {usual}." if usual else ""
         except Exception as error:
             return "", markup.error(_said(error))
         step = 1 if clip.uniform else clip.stride
@@ -158,9 +148,7 @@ class TuneTab:
     def begun(self, caption: str, name: str, path: str | None, model: str, *shown: Any) -> Updates:
         """A new run, which is watched from now on."""
         try:
-            clip, train = self._read(path, shown)
-            if model not in self.config.offered_models:
-                raise InputError(f"model {model!r} is not offered here")
+            clip, train = self._read(path, model, shown)
             if not caption.strip():
                 raise InputError("no caption: say what the video shows")
             self.runs.begin(name.strip(), clip.video, _written(caption, model, clip, train))
@@ -203,17 +191,11 @@ class TuneTab:
             self.timer: gr.Timer(active=told.state == "running"),
         }
 
-    def opened(self) -> list[Any]:
-        """What `loaded` shows when a browser opens the page: the run that is under way, if one is."""
+    def opened(self) -> Any:
+        """What `run` shows when a browser opens the page: the run that is under way, if one is."""
         found = self.runs.names()
         running = next((name for name in found if self.runs.is_running(name)), None)
-        suits = self.suits(self.config.offered_models[0])
-        return [gr.Dropdown(found, value=running or (found[0] if found else None)), *suits]
-
-    @property
-    def loaded(self) -> list[Any]:
-        """Of `opened`."""
-        return [self.run, *self.clip_shown, *self.train_shown]
+        return gr.Dropdown(found, value=running or (found[0] if found else None))
 
     # The export.
 

@@ -42,7 +42,8 @@ def _tune(folder: Path, asked: dict[str, Any], on_step: Callable[..., object]) -
     from tav_opt import tuning, video
 
     clip = ClipConfig(**asked["clip"])
-    train = TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in asked["train"].items()})
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in asked["train"].items()}
+    train = TrainConfig(**settings)
     frames = video.read(clip)
     tuning.tune(asked["model"], frames, asked["caption"], train, folder / CHECKPOINT, source=clip, on_step=on_step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+@cache
 def suited(model: str) -> dict[str, Any]:
     """Settings that suit a model better than the paper's, where that is known: its size, and the small model's own."""
     if not Path(model).is_dir():
