@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 TITLE = "tav-opt: Tune-A-Video"
 WORDS = "# Tune-A-Video\nTune a model on one clip; then edit the clip by words."
 MIB = 1 << 20
+UPLOADS_SECONDS = (3600, 86_400)
+"""How often uploads are looked through, and how old they grow."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -50,7 +52,7 @@ class Page:
         self.blocks = self._built()
 
     def _built(self) -> gr.Blocks:
-        with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=UPLOADS_SECONDS) as blocks:
             gr.Markdown(WORDS, elem_classes="tav-title")
             with gr.Tabs():
                 with gr.Tab("Edit", id="edit"):
