@@ -36,7 +36,7 @@ lint: .venv/installed
 .venv/installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable '.[api,cpu,dev,docs,lora,metrics,notebook,trace]'
+	$(PIP) --editable '.[api,app,cpu,dev,docs,lora,metrics,notebook,trace]'
 	touch $@
 
 # TensorRT for RTX builds engines on any Linux machine; TensorRT's bindings, without its libraries, are the truth about the

@@ -65,11 +65,16 @@ def texts(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
 
 def documented(kind: type[T]) -> type[T]:
     """Adds the strings under a class's fields, also inherited ones, to its docstring, where help() shows them."""
-    own = [owner for owner in reversed(kind.__mro__) if owner is not object]
-    said = {name: text for owner in own for name, text in _under_fields(owner.__module__).get(owner.__name__, ())}
-    lines = [f"    {name}: {' '.join(text.split())}" for name, text in said.items()]
+    lines = [f"    {name}: {text}" for name, text in described(kind).items()]
     kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *lines])
     return kind
+
+
+def described(kind: type) -> dict[str, str]:
+    """What the strings under a class's fields say, also inherited ones, by the field's name."""
+    own = [owner for owner in reversed(kind.__mro__) if owner is not object]
+    said = {name: text for owner in own for name, text in _under_fields(owner.__module__).get(owner.__name__, ())}
+    return {name: " ".join(text.split()) for name, text in said.items()}
 
 
 @cache
@@ -120,7 +125,7 @@ Fps = Annotated[float, Within(0.001, 1000)]
 Mib = Annotated[int, Within(0, 2**30)]
 
 
-def _ranges(kind: type) -> dict[str, Within]:
+def ranges(kind: type) -> dict[str, Within]:
     """By field; one that a subclass declares anew keeps the range that it had."""
     return {
         name: extra
@@ -139,14 +144,14 @@ def _extras(hint: Any) -> Iterable[Any]:
 
 def check_numbers(config: Any) -> None:
     """Raises InputError for a number of a configuration, or of one in it, that is out of its range, naming both."""
-    ranges = _ranges(type(config))
+    found = ranges(type(config))
     for name in (field.name for field in fields(config)):
         value = getattr(config, name)
         if is_dataclass(value):
             check_numbers(value)
         for number in value if isinstance(value, tuple) else (value,):
-            if name in ranges and number is not None and number not in ranges[name]:
-                raise InputError(f"{name.replace('_', ' ')} {number} is not within {ranges[name]}")
+            if name in found and number is not None and number not in found[name]:
+                raise InputError(f"{name.replace('_', ' ')} {number} is not within {found[name]}")
 
 
 def with_absolute_paths(config: C) -> C:

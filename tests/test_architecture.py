@@ -25,6 +25,7 @@ ROWS = (
     ("tuning", "personalise"),
     ("export", "serving", "client", "sharing", "about"),
     ("demo", "suite", "api"),
+    ("app",),
     ("cli",),
 )
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

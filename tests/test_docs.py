@@ -73,6 +73,7 @@ HELM = "no cluster is here; test_chart.py renders the chart with such values"
 DAILY = "README's first block runs the same, into another folder"
 REFERENCE = "a minute, of a base of its own; test_export.py exports what the reference saved"
 CERTIFICATES = "another machine and its certificates; test_faults.py makes some"
+PAGE = "it stays open; test_app.py and test_app_browser.py open it"
 NOT_RUN = {
     "python -m tav_opt.export ckpt/ --target tensorrt-rtx --arch sm89 sm120": "minutes; test_tensorrt.py runs it",
     "helm upgrade --install edits serving/deploy/chart --set image.repository=registry.example/tav-opt "
@@ -84,6 +85,9 @@ NOT_RUN = {
     "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
     "tav-opt study serve study/ --host 0.0.0.0": "listens until it is told to stop; test_study.py asks it",
+    "pip install 'tav-opt[app]'": PAGE,
+    "tav-opt app": PAGE,
+    "tav-opt app --in-process --repository demo-out/model_repository": PAGE,
     "tav-opt export on-own/ --name own": "a minute, of a base of its own; test_additions.py runs it",
     "tav-opt tune --model stable-diffusion-v1-5/stable-diffusion-v1-5 --video man-skiing.mp4 "
     '--prompt "a man is skiing" --out skiing/': DAILY,
@@ -446,6 +450,7 @@ CHECKS = {
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,
+    "page.md: The page, sh 1": nothing("page.md: The page, sh 1"),
     "presets.md: Cheaper edits, sh 1": edited_cheaply,
     "presets.md: Cheaper edits, python 1": edited("presets.md: Cheaper edits, python 1", "frames"),
     "serving.md: From Python, with this package, python 1": edited(

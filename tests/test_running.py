@@ -16,6 +16,7 @@ import torch
 
 from tav_opt import cli, command, config, progress
 from tav_opt.api.api_config import ApiConfig
+from tav_opt.app.app_config import AppConfig
 from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
 from tav_opt.cli.edit import Edit
 from tav_opt.cli.evaluate import Evaluate
@@ -42,6 +43,7 @@ SETTINGS = {
     "request": Request,
     "serve": ServeConfig,
     "api": ApiConfig,
+    "app": AppConfig,
     "probe": Probe,
     "export": ExportConfig,
     "clips list": ListClips,
@@ -66,6 +68,7 @@ GIVEN = {
     "request": "--url localhost:9 --attempts 1 --clip x --prompt x --out e.mp4",
     "serve": "--repository repository --grpc-port 0 --http-port 0 --metrics-port 0",
     "api": "--port 0 --keys absent.txt",
+    "app": "--folder out --root-path wrong",
     "probe": "--http-url http://127.0.0.1:9 --metrics-url http://127.0.0.1:9/metrics",
     "export": "unread --repository repository",
     "clips list": "--repository repository",
@@ -162,7 +165,7 @@ NUMBERS = [number for number in NUMBERS if number[2] != "gpus"]  # these are num
 
 @pytest.mark.parametrize(("name", "kind", "field", "hint"), NUMBERS, ids=lambda value: str(value)[:30])
 def test_every_number_has_a_range_that_is_held(name, kind, field, hint):
-    within = config._ranges(kind)[field]
+    within = config.ranges(kind)[field]
     given = {f.name: None for f in fields(kind)}
 
     def check(value: float) -> None:
@@ -185,7 +188,7 @@ def test_every_number_has_a_range_that_is_held(name, kind, field, hint):
 def test_each_command_refuses_a_number_out_of_range_before_anything_else(here, capsys):
     found = [number for number in NUMBERS if number[0] != "export" or "video" not in number[2]]
     for name, kind, field, hint in found:
-        within: Within = config._ranges(kind)[field]
+        within: Within = config.ranges(kind)[field]
         value = "nan" if "float" in str(hint) else str(int(within.low) - 1)
         values = [value, "0.9"] if "tuple" in str(hint) else [value]
         status, error = run(capsys, name, f"--{NAMES.get(field, field).replace('_', '-')}", *values)

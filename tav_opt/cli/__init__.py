@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from tav_opt import command
 from tav_opt.cli import (
     api,
+    app,
     clips,
     demo,
     edit,
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "export": export.run,
     "serve": serve.run,
     "api": api.run,
+    "app": app.run,
     "probe": probe.run,
     "request": request.run,
     "clips": clips.run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -134,6 +135,12 @@ def run(config: DemoConfig) -> None:
     metadata = edit_metadata(info, CLIP_NAME, config.edit_config(*subject.edits), subject.edits, engine=engine)
     _show(config.out, [clip.frames, *edits], [subject.prompt, *subject.edits], clip.fps, metadata)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print(f"in a browser: {_command()} app --in-process --repository {config.out / 'model_repository'}")
+
+
+def _command() -> str:
+    """This program, as a shell finds it."""
+    return "tav-opt" if shutil.which("tav-opt") else sys.argv[0]
 
 
 def _model(config: DemoConfig) -> str:
