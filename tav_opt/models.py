@@ -20,7 +20,7 @@ from tav_opt.base.directory import Base, recorded_base, resolve
 from tav_opt.base.image_model import ImageModel, empty, load_strictly, load_unet
 from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.config import BaseConfig, InputError, PathLike, texts
-from tav_opt.ddim import Schedule, Timestep, timestep_rows
+from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.device import usable_device
 from tav_opt.files import read_object
 from tav_opt.unet import VideoUNet, clip_value_names, inflate
@@ -48,9 +48,15 @@ class StableDiffusion:
         return self.base.vae_factor
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
-        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w)."""
-        return self.unet(latents, timestep_rows(timestep, latents), text)
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w).
+
+        Told a mapping of `text` and the tensors of attention control there is one channel more: where the words look.
+        """
+        timesteps = timestep_rows(timestep, latents)
+        if isinstance(text, Tensor):
+            return self.unet(latents, timesteps, text)
+        return self.unet(latents, timesteps, text["text"], {name: text[name] for name in text if name != "text"})
 
 
 def load_video_unet(

@@ -6,9 +6,10 @@ over clips in the text or in the time embedding. That survives gradient checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
+from tav_opt.conditions.attention_control import Control
 from tav_opt.config import InputError
 from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.inputs import on_kernel
@@ -88,16 +90,24 @@ class VideoUNet(UNet2DConditionModel):
         """One row a clip, though the sample's batch is frames."""
         return super().get_time_embed(sample[: timestep.shape[0]], timestep)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype."""
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, control: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype.
+
+        With `control`, the tensors of attention control, there is one channel more: where the blend words look.
+        """
         dtype = self.conv_in.weight.dtype
         if latents.dtype != dtype or text.dtype != dtype:
             latents, text = latents.to(dtype), text.to(dtype)
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)
-        noise = super().forward(x, timesteps, text, return_dict=False)[0]
-        return noise.reshape(b, f, -1, h, w).transpose(1, 2)
+        controlled = None if control is None else Control.of(control, dtype, (h, w))
+        told = None if controlled is None else {"control": controlled}
+        noise = super().forward(x, timesteps, text, cross_attention_kwargs=told, return_dict=False)[0]
+        noise = noise.reshape(b, f, -1, h, w).transpose(1, 2)
+        return noise if controlled is None else torch.cat([noise, controlled.where_words_look()], 1)
 
 
 def inflate(unet: UNet2DConditionModel) -> VideoUNet:

@@ -181,6 +181,10 @@ class ExportedEngine:
         latents = torch.cat([self.calls["vae_encoder"](pixels=part)["latents"] for part in parts])
         return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.base.tokenizer
+
     def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
         return self.calls["unet"](latents=latents, timestep=timestep_rows(timestep, latents), text=text)["noise"]

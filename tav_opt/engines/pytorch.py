@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tav_opt import checkpoint, models
@@ -18,7 +19,7 @@ from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import Additions, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule, Timestep
+from tav_opt.ddim import Schedule, Text, Timestep
 from tav_opt.device import usable_device
 from tav_opt.engines.exported import Call
 from tav_opt.memory import eager
@@ -100,7 +101,11 @@ class TorchEngine:
     def encode_video(self, frames: np.ndarray) -> Tensor:
         return models.encode_video(self.sd, frames)
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.sd.tokenizer.backend_tokenizer
+
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)
 
     def decode(self, latents: Tensor) -> np.ndarray:
