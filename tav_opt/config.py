@@ -353,6 +353,10 @@ KEEP: Mapping[Keep, Mapping[str, Any]] = {
 }
 """Attention control for people who need not know of it, where its settings are not given; docs/attention-control.md has
 what each keeps and loses."""
+CONTROL_SETTINGS = (
+    "keep", "source_prompt", "replace_cross", "replace_self", "blend_words", "word_weights", "direct_inversion",
+)  # fmt: skip
+"""The settings of attention control."""
 FILLED_IN = (*EDIT_DEFAULTS, "solver", "guidance_interval")
 """The settings of an edit that a clip or a preset fills in where they are not given."""
 
