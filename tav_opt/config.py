@@ -248,11 +248,14 @@ class InversionConfig(Config):
     """DDIM steps."""
     iterations: Iterations = 0
     """How often each step is refined; 0: the reference's step."""
+    trajectory: bool = False
+    """Keep the latents that each step led to, for direct inversion, and not the last alone."""
 
     @property
     def key(self) -> str:
         """The same for inversions that lead to the same latents, and only for them."""
-        return f"{self.steps}+{self.iterations}" if self.iterations else f"{self.steps}"
+        refined = f"{self.steps}+{self.iterations}" if self.iterations else f"{self.steps}"
+        return f"{refined} trajectory" if self.trajectory else refined
 
 
 @documented

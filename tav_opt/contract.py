@@ -294,8 +294,9 @@ class ClipInfo:
 
     def inversion_of(self, edit: EditConfig) -> InversionConfig:
         """Of an edit's start: the clip's own where the edit asks for no other."""
-        direct = edit.filled().direct_inversion  # the steps of both are the same
-        asked = {"steps": edit.steps if direct else edit.inversion_steps, "iterations": edit.inversion_iterations}
+        asked = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
+        if edit.filled().direct_inversion:  # step by step beside the edit
+            asked |= {"steps": edit.steps, "trajectory": True}
         return replace(self.inversion, **{name: value for name, value in asked.items() if value is not None})
 
     @classmethod

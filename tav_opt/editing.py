@@ -81,20 +81,20 @@ def start_latents(
     if not config.inversion:
         noise = torch.randn(engine.source_latents.shape, generator=torch.Generator().manual_seed(config.seed))
         return noise.to(engine.source_latents)
-    asked, direct = engine.info.inversion_of(config), config.filled().direct_inversion
-    if not direct and frames is None and asked.key == engine.info.inversion.key:
+    asked = engine.info.inversion_of(config)
+    if frames is None and asked.key == engine.info.inversion.key:
         return engine.inverted_latents
     trajectory = [engine.source_latents if frames is None else engine.encode_video(frames)]
 
     def led(step: ddim.Step) -> None:
-        if direct:
+        if asked.trajectory:
             trajectory.append(step.latents)
         on_step(step)
 
     found = inversion.invert(
         engine.predict, trajectory[0], engine.encode_text([""]), engine.schedule, asked, on_step=led, on_call=on_call
     )
-    return torch.cat(trajectory) if direct else found
+    return torch.cat(trajectory) if asked.trajectory else found
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
