@@ -23,7 +23,7 @@ from tav_opt.config import BaseConfig, InputError, PathLike, texts
 from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.device import usable_device
 from tav_opt.files import read_object
-from tav_opt.unet import VideoUNet, clip_value_names, inflate
+from tav_opt.unet import VideoUNet, arguments, clip_value_names, inflate
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -51,12 +51,11 @@ class StableDiffusion:
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w).
 
-        Told a mapping of `text` and the tensors of attention control there is one channel more: where the words look.
+        A mapping has `text` in it, and what else the UNet is to be told, by the names of `unet.arguments`;
+        told of attention control it answers with one channel more, where the blend words look.
         """
-        timesteps = timestep_rows(timestep, latents)
-        if isinstance(text, Tensor):
-            return self.unet(latents, timesteps, text)
-        return self.unet(latents, timesteps, text["text"], {name: text[name] for name in text if name != "text"})
+        told = {"text": text} if isinstance(text, Tensor) else text
+        return self.unet(latents, timestep_rows(timestep, latents), **arguments(told))
 
 
 def load_video_unet(

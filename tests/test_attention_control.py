@@ -146,7 +146,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_operator_is_what_changed_probabilities_give(unet, inputs, name):
     tensors, rule = CASES[name]
-    found = unet(*inputs, off() | tensors)[:, :-1]
+    found = unet(*inputs, **off() | tensors)[:, :-1]
     expected, _ = naive(unet, inputs, rule)
     assert (found - expected).abs().max() < 1e-12
     plain = unet(*inputs)
@@ -158,7 +158,7 @@ def test_all_at_once(unet, inputs):
     def rule(kind: str, maps: Tensor) -> Tensor:
         return CASES["refine"][1](kind, maps) if kind == "cross" else self_replaced(kind, maps)
 
-    found = unet(*inputs, off() | CASES["refine"][0] | of_edit("self_source", 2))[:, :-1]
+    found = unet(*inputs, **off() | CASES["refine"][0] | of_edit("self_source", 2))[:, :-1]
     assert (found - naive(unet, inputs, rule)[0]).abs().max() < 1e-12
 
 
@@ -166,7 +166,7 @@ def test_all_at_once(unet, inputs):
 def test_with_all_switches_off_it_is_the_plain_network_bit_for_bit(unet, inputs, dtype):
     given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)]
     plain = unet.to(dtype)(*given)
-    found = unet(*given, off())
+    found = unet(*given, **off())
     unet.double()
     assert torch.equal(found[:, :-1], plain) and not found[:, -1].any()
 
@@ -175,7 +175,7 @@ def test_the_map_is_the_probability_of_the_words(unet, inputs):
     """Over heads, and the layers of half and a quarter of the size; here the one in the middle, of 4 × 4."""
     words = torch.zeros(B, TOKENS, dtype=torch.float64)
     words[SOURCE, 2] = words[EDIT, [3, 4]] = 1
-    found = unet(*inputs, off() | {"blend_words": words})[:, -1]
+    found = unet(*inputs, **off() | {"blend_words": words})[:, -1]
     seen = naive(unet, inputs, lambda kind, maps: maps)[1].seen
     (maps,) = [maps for kind, n, maps in seen if kind == "cross" and n == SIDE**2 // 4]
     expected = (maps.mean(1) * words[:, None]).sum(-1).reshape(B * F, 1, SIDE // 2, SIDE // 2)
@@ -186,14 +186,14 @@ def test_the_map_is_the_probability_of_the_words(unet, inputs):
 def test_rows_of_two_edits_in_one_batch_are_those_of_each(unet, inputs):
     """What is told of a row counts from the row itself: so calls can be put together."""
     tensors = off() | CASES["refine"][0] | of_edit("self_source", 2)
-    one = unet(*inputs, tensors)
-    twice = unet(*(torch.cat([x, x.flip(0)]) for x in inputs), {n: torch.cat([t, t]) for n, t in tensors.items()})
+    one = unet(*inputs, **tensors)
+    twice = unet(*(torch.cat([x, x.flip(0)]) for x in inputs), **{n: torch.cat([t, t]) for n, t in tensors.items()})
     assert (twice[:B] - one).abs().max() < 1e-12
-    flipped = unet(*(x.flip(0) for x in inputs), tensors)
+    flipped = unet(*(x.flip(0) for x in inputs), **tensors)
     assert (twice[B:] - flipped).abs().max() < 1e-12
 
 
 def test_what_is_not_told_is_named(unet, inputs):
     for name in CONTROL:
         with pytest.raises(InputError, match=name):
-            unet(*inputs, {other: tensor for other, tensor in off().items() if other != name})
+            unet(*inputs, **{other: tensor for other, tensor in off().items() if other != name})

@@ -54,8 +54,9 @@ class Engine(Protocol):
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device.
 
-        Told a mapping of `text` and the tensors of attention control it answers with one channel more: where its
-        blend words look.
+        A mapping has `text` in it, and what else the UNet is told, by the names of `unet.arguments`. Raises InputError
+        where that is more than the engine can tell it.
+        Told of attention control it answers with one channel more: where the blend words look.
         """
 
     def decode(self, latents: Tensor) -> np.ndarray:
