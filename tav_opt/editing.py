@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tav_opt import ddim, inversion
 from tav_opt.conditions import token_map
+from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.conditions.source_row import Beside, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
 from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
@@ -104,6 +105,10 @@ def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
     """
     if not config.controlled:
         return engine.encode_text([config.negative_prompt, *config.prompts])
+    try:
+        engine.check_told(("text", *CONTROL))
+    except InputError as error:
+        raise InputError(f"{error}: attention control needs `python -m tav_opt.export … --attention-control`") from None
     source = _source_prompt(engine, config)
     text = engine.encode_text([config.negative_prompt, *config.prompts, source])
     known, *edits = (Prompt.of(engine.tokenizer, prompt, text.shape[1]) for prompt in (source, *config.prompts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +50,9 @@ class Engine(Protocol):
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
         """uint8 (f, H, W, 3) → scaled latents (1, c, f, h, w)."""
+
+    def check_told(self, told: Collection[str]) -> None:
+        """Raises InputError where the UNet cannot be told tensors of these names, `text` among them."""
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device.

@@ -228,12 +228,19 @@ class ExportedEngine:
     def tokenizer(self) -> Tokenizer:
         return self.base.tokenizer
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
-        """`timestep`: one for all rows, or int64 (b,); the names of what is told choose the graph."""
-        told = {"text": text} if isinstance(text, Tensor) else text
+    def check_told(self, told: Collection[str]) -> None:
+        self._unet_for(told)
+
+    def _unet_for(self, told: Collection[str]) -> str:
         unet = self.base.unet_for(told)
         if unet not in self.calls:
             raise InputError(f"{self.kind} has not {unet} of base {self.base.folder.name}: export it for {self.kind}")
+        return unet
+
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """`timestep`: one for all rows, or int64 (b,); the names of what is told choose the graph."""
+        told = {"text": text} if isinstance(text, Tensor) else text
+        unet = self._unet_for(told)
         return self.calls[unet](latents=latents, timestep=timestep_rows(timestep, latents), **told)["noise"]
 
     def decode(self, latents: Tensor, on_part: Callable[[], object] = lambda: None) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,9 @@ class TorchEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.sd.tokenizer.backend_tokenizer
+
+    def check_told(self, told: Collection[str]) -> None:
+        pass  # the model itself can be told all that there is
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)

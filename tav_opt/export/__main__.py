@@ -52,6 +52,8 @@ class ExportConfig:
     """Cards for tensorrt-rtx by architecture, e.g. sm89 sm120; none: this machine's GPU."""
     plugin: bool = True
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
+    attention_control: bool = False
+    """Add the UNet's graph with attention control to the base, for --keep and the settings beside it; onnx."""
     half: bool = False
     """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
@@ -99,7 +101,7 @@ def export(arguments: Sequence[str], prog: str) -> int:
     check_numbers(config)
     if not config.checkpoint.is_dir() and hub_id_of(config.checkpoint) is None:
         raise InputError(f"checkpoint {config.checkpoint} does not exist or is no folder")
-    from tav_opt.export import exporting, parity
+    from tav_opt.export import controlled, exporting, parity
     from tav_opt.export.tensorrt import builder
 
     plan = _plan(config)
@@ -120,6 +122,7 @@ def export(arguments: Sequence[str], prog: str) -> int:
                 source=config.source(),
                 prompt=config.prompt,
                 inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
+                further=[controlled.CONTROLLED] if config.attention_control else [],
                 on_graph=report,
                 on_edit=report_edit,
                 on_progress=on_progress,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tav_opt import ddim, editing, video
+from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
 from tav_opt.ddim import Text, Timestep
@@ -221,14 +222,16 @@ def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, besid
 
     Raises Unavailable where memory is short of one.
     """
-    prompts = len(request.edit.prompts)
+    controlled = request.edit.controlled  # a prompt at a time, and its source, which counts as one
+    prompts, source = (1, 1) if controlled else (len(request.edit.prompts), 0)
+    told = ("text", *CONTROL) if controlled else ("text",)
     encode = request.video is not None or request.source_frames is not None
     promised = engine.extra_bytes(beside) if beside else 0  # by those edits
 
     def bytes_of(prompts: int) -> int:
         """For them alone, and for what they add to the others' batch: whichever is more."""
-        together = engine.extra_bytes(prompts + beside, encode=encode) - promised
-        return max(together, engine.extra_bytes(prompts, encode=encode))
+        together = engine.extra_bytes(prompts + source + beside, encode=encode, told=told) - promised
+        return max(together, engine.extra_bytes(prompts + source, encode=encode, told=told))
 
     while (needed := bytes_of(prompts)) > free:
         if prompts == 1:
