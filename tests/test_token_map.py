@@ -25,7 +25,10 @@ def prompt(text: str) -> Prompt:
 def hands_on(edit: str) -> dict[int, dict[int, float]]:
     """What each of the edit's tokens takes of which of the source's."""
     found = maps.token_map(prompt(SOURCE), prompt(edit))
-    return {int(j): {int(i): float(found[i, j]) for i in found[:, j].nonzero()} for j in found.any(0).nonzero()}
+    taken: dict[int, dict[int, float]] = {}
+    for i, j in found.nonzero().tolist():
+        taken.setdefault(j, {})[i] = float(found[i, j])
+    return taken
 
 
 def one_to_one(pairs: dict[int, int]) -> dict[int, dict[int, float]]:

@@ -113,7 +113,8 @@ class TorchEngine:
         return self.sd.tokenizer.backend_tokenizer
 
     def check_told(self, told: Collection[str]) -> None:
-        pass  # the model itself can be told all that there is
+        if "self_source" in told:  # the model itself can be told all that there is; a third row takes its memory
+            eager.check_editing(self.sd, self.info.frames, self.info.height, self.info.width, rows=3)
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)
