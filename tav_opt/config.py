@@ -392,7 +392,7 @@ class EditConfig(Config):
     inversion_iterations: Iterations | None = None
     """How often each step of the inversion is refined; default: as in the one kept with the clip."""
     keep: Keep | None = None
-    """What of the source is kept: background, all but what the changed words show, or motion; fills in the next six."""
+    """What of the source is kept: background, all but what the prompt changes, or motion; fills in the next six."""
     source_prompt: str | None = None
     """What the source shows; default: the clip's caption."""
     replace_cross: Share | None = None

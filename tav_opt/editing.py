@@ -13,7 +13,7 @@ from torch import Tensor
 from tav_opt import ddim, inversion
 from tav_opt.conditions import token_map
 from tav_opt.conditions.attention_control import CONTROL
-from tav_opt.conditions.source_row import Beside, Kept, Sampled, Words
+from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
 from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
 from tav_opt.solvers import solver
@@ -114,9 +114,8 @@ def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
     known, *edits = (Prompt.of(engine.tokenizer, prompt, text.shape[1]) for prompt in (source, *config.prompts))
     token_map.check_names(config.blend_words, [known, *edits], "blend word")
     token_map.check_names([token_map.weight_of(given)[0] for given in config.word_weights], edits, "weighted word")
-    if config.blends:
-        for edit in edits:
-            token_map.blend_words(known, edit, config.blend_words)
+    for edit in edits:
+        token_map.blend_words(known, edit, config.blend_words)
     return text
 
 
@@ -128,8 +127,7 @@ def _beside(engine: Engine, config: EditConfig, prompt: str, source_text: Tensor
     """The network with the source beside the edit of one prompt; source_text (1, tokens, width)."""
     tokens, filled = source_text.shape[1], config.filled()
     known, edit = (Prompt.of(engine.tokenizer, text, tokens) for text in (_source_prompt(engine, config), prompt))
-    nothing = torch.zeros(tokens)
-    before, after = token_map.blend_words(known, edit, config.blend_words) if config.blends else (nothing, nothing)
+    before, after = token_map.blend_words(known, edit, config.blend_words)
     words = Words(
         source_text=source_text,
         token_map=token_map.token_map(known, edit),
@@ -139,7 +137,8 @@ def _beside(engine: Engine, config: EditConfig, prompt: str, source_text: Tensor
     )
     source = Kept(start) if filled.direct_inversion else Sampled(start, engine.schedule, config.steps)
     shares = {"replace_cross": filled.replace_cross or 0.0, "replace_self": filled.replace_self or 0.0}
-    return Beside(engine.predict, source, words, config.steps, blend=config.blends, **shares)
+    blend: Blend | None = "words" if config.blend_words else "changes" if config.blends else None
+    return Beside(engine.predict, source, words, engine.schedule, config.steps, blend=blend, **shares)
 
 
 def sample(

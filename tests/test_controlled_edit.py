@@ -12,7 +12,7 @@ from exported import tuned
 from torch import Tensor
 
 from tav_opt import checkpoint, cli, ddim, editing, inversion
-from tav_opt.conditions.source_row import Beside, Kept, Sampled, Words, where_to_change
+from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words, where_to_change
 from tav_opt.config import EditConfig, InputError, InversionConfig
 from tav_opt.ddim import Known
 from tav_opt.engines.pytorch import open_checkpoint
@@ -50,8 +50,8 @@ class Asked:
         return torch.cat([noise, looks], 1)
 
 
-def sampled(asked: Asked, source: Kept | Sampled, *, blend: bool, **shares: float) -> Tensor:
-    beside = Beside(asked, source, WORDS, STEPS, blend=blend, **{**SHARES, **shares})
+def sampled(asked: Asked, source: Kept | Sampled, *, blend: Blend | None, **shares: float) -> Tensor:
+    beside = Beside(asked, source, WORDS, SCHEDULE, STEPS, blend=blend, **{**SHARES, **shares})
     step = beside.solver(None) if blend else None
     return ddim.sample(
         beside, START, TEXT, SCHEDULE, STEPS, unconditional=EMPTY, guidance_scale=3.0, solver=step
@@ -60,7 +60,7 @@ def sampled(asked: Asked, source: Kept | Sampled, *, blend: bool, **shares: floa
 
 def test_the_source_stands_above_the_edit_on_its_trajectory_while_it_is_looked_at():
     asked = Asked()
-    sampled(asked, Kept(TRAJECTORY), blend=False)
+    sampled(asked, Kept(TRAJECTORY), blend=None)
     rows = [len(latents) for latents, _ in asked.calls]
     assert rows == [3, 3, 2, 2], "half of the steps; then the edit goes on as if there were no control"
     for number, (latents, told) in enumerate(asked.calls[:2]):
@@ -77,7 +77,7 @@ def test_the_source_stands_above_the_edit_on_its_trajectory_while_it_is_looked_a
 
 def test_a_source_without_direct_inversion_goes_its_own_way():
     asked = Asked()
-    sampled(asked, Sampled(START, SCHEDULE, STEPS), blend=True)
+    sampled(asked, Sampled(START, SCHEDULE, STEPS), blend="words")
     alone = list[Tensor]()
     ddim.sample(Asked(), START, TEXT, SCHEDULE, STEPS, on_step=lambda step: alone.append(step.latents))
     for (latents, _), expected in zip(asked.calls, [START, *alone[:-1]], strict=True):
@@ -85,8 +85,8 @@ def test_a_source_without_direct_inversion_goes_its_own_way():
 
 
 def test_where_neither_word_looks_the_source_stands_bit_for_bit():
-    found = sampled(Asked(), Kept(TRAJECTORY), blend=True)
-    plain = sampled(Asked(), Kept(TRAJECTORY), blend=False)
+    found = sampled(Asked(), Kept(TRAJECTORY), blend="words")
+    plain = sampled(Asked(), Kept(TRAJECTORY), blend=None)
     # One column looks, and its neighbour by the pooling, on either side of four.
     assert where_to_change(torch.eye(4)[[0]].reshape(1, 1, 1, 1, 4).expand(1, 1, 3, 4, 4))[0, 0, 0, 0].tolist() == [
         True, True, False, False,
@@ -105,7 +105,22 @@ def sampled_with_one_word(source: Kept) -> Tensor:
             answer[0, -1] = 0
             return answer
 
-    return sampled(Right(), source, blend=True)
+    return sampled(Right(), source, blend="words")
+
+
+def test_without_words_the_source_stands_where_the_predictions_agree():
+    """The network answers the edit's row in the right half otherwise than the source's, whose latents are the same."""
+
+    class Differs(Asked):
+        def __call__(self, latents, timestep, text):
+            answer = super().__call__(latents, timestep, text)
+            answer[-1, :-1, ..., 2:] += 1
+            return answer
+
+    same = Kept(START.expand(STEPS + 1, -1, -1, -1, -1))
+    found = sampled(Differs(), same, blend="changes")
+    assert torch.equal(found[..., :1], START[..., :1]), "the column beside the changes may change too, by the pooling"
+    assert ((found - START)[..., 2:].abs() > 0.01).all()
 
 
 def test_a_mask_is_smooth_over_frames_and_of_the_clips_own_most():
@@ -119,7 +134,7 @@ def test_a_mask_is_smooth_over_frames_and_of_the_clips_own_most():
 
 def test_guidance_kept_over_steps_asks_for_the_edit_alone():
     asked = Asked()
-    beside = Beside(asked, Kept(TRAJECTORY), WORDS, STEPS, blend=True, **SHARES)
+    beside = Beside(asked, Kept(TRAJECTORY), WORDS, SCHEDULE, STEPS, blend="words", **SHARES)
     ddim.sample(
         beside, START, TEXT, SCHEDULE, STEPS, unconditional=EMPTY, guidance_scale=3.0, guidance_interval=2
     )  # fmt: skip
@@ -167,7 +182,7 @@ def test_each_setting_changes_the_edit(engine, settings):
 
 
 def test_the_background_is_the_sources_and_several_prompts_are_each_alone(engine, monkeypatch):
-    """Of random networks words look about everywhere alike: so the mask is put where it can be told."""
+    """Random networks change all of a picture: so the mask is put where it can be told."""
     from tav_opt.conditions import source_row
 
     def right(looks: Tensor) -> Tensor:
@@ -205,7 +220,7 @@ def test_the_background_is_the_sources_and_several_prompts_are_each_alone(engine
         ({"word_weights": ("dog",)}, "WORD:WEIGHT"),
         ({"word_weights": ("lion:2",)}, "weighted word 'lion' is no word of the prompts"),
         ({"blend_words": ("lion",)}, "blend word 'lion' is no word of the prompts"),
-        ({"keep": "background", "prompts": ("a dog is dancing",)}, "say which by blend words"),
+        ({"blend_words": ("dog",), "prompts": ("a dog and a dog",)}, "say which, dog#1, dog#2"),
     ],
 )
 def test_what_makes_no_sense_is_named(engine, settings, words):
@@ -231,13 +246,13 @@ def test_the_command_keeps_the_background(golden, tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path / "kept.gif")]) == 0
     assert (tmp_path / "kept.gif").is_file()
     capsys.readouterr()
-    arguments[3] = "a dog is dancing"
-    assert cli.main([*arguments, "--out", str(tmp_path / "no.gif")]) == 2
-    assert "blend words" in capsys.readouterr().err and not (tmp_path / "no.gif").exists()
+    arguments[3] = "a dog and a dog"
+    assert cli.main([*arguments, "--blend-words", "dog", "--out", str(tmp_path / "no.gif")]) == 2
+    assert "dog#1, dog#2" in capsys.readouterr().err and not (tmp_path / "no.gif").exists()
 
 
 def test_known_is_what_a_step_is_told():
     """The blended step hands on what it is told to the solver under it."""
-    beside = Beside(Asked(), Kept(TRAJECTORY), WORDS, STEPS, blend=True, **SHARES)
+    beside = Beside(Asked(), Kept(TRAJECTORY), WORDS, SCHEDULE, STEPS, blend="words", **SHARES)
     known = Known(0.5, START, START + 1, START + 2)
     assert torch.equal(beside.solver(lambda one, after: one.clean * after)(known, 0.25), (START + 1) * 0.25)

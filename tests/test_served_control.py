@@ -90,7 +90,7 @@ def test_edits_with_and_without_control_share_a_worker(server: Server) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"prompts": ("a dog is dancing",), "word_weights": ()}, "say which by blend words"),
+        ({"prompts": ("a dog and a dog",), "word_weights": (), "blend_words": ("dog",)}, "say which, dog#1, dog#2"),
         ({"word_weights": ("lion:2",)}, "'lion' is no word of the prompts"),
         ({"keep": "sound"}, "keep 'sound' is not background or motion"),
         ({"replace_self": 2.0}, "replace self 2.0"),

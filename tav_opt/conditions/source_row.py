@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,12 @@ from torch import Tensor
 from tav_opt.ddim import Known, Predict, Schedule, Solver, Timestep, clean_and_noise, noised
 
 LOOK_FIRST = 0.2
-"""The share of the steps in which words settle where they look, and nothing is blended yet."""
+"""The share of the steps in which it settles where an edit changes its source, and nothing is blended yet."""
 LOOKS = 0.3
-"""Of the most that a word looks anywhere, what counts as looking (Prompt-to-Prompt's threshold)."""
+"""Of the most that a word looks, or an edit changes, anywhere: what counts (Prompt-to-Prompt's threshold)."""
+Blend = Literal["words", "changes"]
+"""Where an edit may change its source: where the blend words look (Prompt-to-Prompt's local blend), or where what the
+network predicts for the two prompts differs (DiffEdit, Couairon et al. 2022, arXiv 2210.11427)."""
 
 
 class Source(Protocol):
@@ -96,13 +99,15 @@ class Beside:
         predict: Predict,
         source: Source,
         words: Words,
+        schedule: Schedule,
         steps: int,
         *,
         replace_cross: float,
         replace_self: float,
-        blend: bool,
+        blend: Blend | None,
     ) -> None:
         self._predict, self._source, self._words, self._steps = predict, source, words, steps
+        self._schedule, self._timesteps = schedule, schedule.timesteps(steps)
         self._cross, self._self, self._blend = replace_cross * steps, replace_self * steps, blend
         self._done = 0
         self._looks: Tensor | None = None
@@ -118,9 +123,17 @@ class Beside:
         predicted, looks = answer[:, :-1], answer[:, -1:]
         self._source.answered(number, predicted[:1])
         if self._blend:
-            both = torch.cat([looks[:1], looks[-1:]])
-            self._looks = both if self._looks is None else self._looks + both
+            words = torch.cat([looks[:1], looks[-1:]])
+            found = words if self._blend == "words" else self._changed(number, source.to(latents), latents, predicted)
+            self._looks = found if self._looks is None else self._looks + found
         return predicted[1:]
+
+    def _changed(self, number: int, source: Tensor, latents: Tensor, predicted: Tensor) -> Tensor:
+        """How far apart the clean latents are that the network predicts of source and edit, of a step (1,1,f,h,w)."""
+        alpha, kind = self._schedule.alpha(self._timesteps[number]), self._schedule.prediction_type
+        before, _ = clean_and_noise(source, predicted[:1], alpha, kind)
+        after, _ = clean_and_noise(latents[-1:], predicted[-1:], alpha, kind)
+        return (after - before).float().norm(dim=1, keepdim=True)
 
     def _alone(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
         """Without the source; where no word has a weight, as if there were no control."""
@@ -157,7 +170,7 @@ class Beside:
         return {"text": both, **{name: tensor.to(text.device) for name, tensor in told.items()}}
 
     def solver(self, step: Solver | None) -> Solver | None:
-        """A step, DDIM's own unless given, after which the source stands where neither word looks."""
+        """A step, DDIM's own unless given, after which the source stands where the edit may not change it."""
         return self._blended(step or (lambda known, after: noised(known.clean, known.noise, after)))
 
     def _blended(self, step: Solver) -> Solver:
@@ -172,7 +185,7 @@ class Beside:
 
 
 def where_to_change(looks: Tensor) -> Tensor:
-    """Where words look (words, 1, f, h, w) → bool (1, 1, f, h, w): where one of them looks more than LOOKS of its most.
+    """Maps (maps, 1, f, h, w) → bool (1, 1, f, h, w): where one of them is LOOKS of its own most, or more.
 
     As Prompt-to-Prompt's local blend, the largest of 3 × 3 neighbours; smoothed over frames, by 1 2 1, for videos.
     """

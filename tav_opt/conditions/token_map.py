@@ -16,10 +16,6 @@ from tav_opt.config import InputError, Within
 
 WEIGHT = Within(0, 100)
 """Of a word."""
-_EMPTY = frozenset(
-    "a an and are as at by for from her his in into is it its of on or over that the their this to was with".split()
-)
-"""Words that show nothing by themselves: where they look says nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +24,6 @@ class Word:
 
     text: str
     tokens: tuple[int, ...]
-
-    @property
-    def shows(self) -> bool:
-        """Whether it stands for something that a picture has."""
-        return self.text.isalnum() and self.text not in _EMPTY
 
 
 @dataclass(frozen=True)
@@ -85,23 +76,6 @@ class Prompt:
         return marks
 
 
-@dataclass(frozen=True)
-class Change:
-    """Words that stand in the place of others; none where some were only added, or left out."""
-
-    before: tuple[Word, ...]
-    after: tuple[Word, ...]
-
-    def __str__(self) -> str:
-        before, after = (" ".join(word.text for word in words) for words in (self.before, self.after))
-        return f"{before!r} → {after!r}"
-
-
-def changes(source: Prompt, edit: Prompt) -> list[Change]:
-    """Where an edit's prompt says something else than the source's."""
-    return [Change(before, after) for same, before, after in _aligned(source, edit) if not same]
-
-
 def token_map(source: Prompt, edit: Prompt) -> Tensor:
     """How much of each of the source's tokens goes to each of the edit's (tokens, tokens).
 
@@ -113,7 +87,7 @@ def token_map(source: Prompt, edit: Prompt) -> Tensor:
     tail = min(source.tokens - source.end, edit.tokens - edit.end)
     for offset in range(tail):
         found[source.end + offset, edit.end + offset] = 1
-    for _, before, after in _aligned(source, edit):
+    for before, after in _aligned(source, edit):
         pairs = zip(before, after, strict=True) if len(before) == len(after) else [(before, after)]
         for old, new in pairs:
             _hand_on(found, _positions(old), _positions(new))
@@ -132,30 +106,22 @@ def _positions(words: Word | Sequence[Word]) -> tuple[int, ...]:
     return words.tokens if isinstance(words, Word) else tuple(token for word in words for token in word.tokens)
 
 
-def _aligned(source: Prompt, edit: Prompt) -> list[tuple[bool, tuple[Word, ...], tuple[Word, ...]]]:
-    """The two prompts in parts: whether they are the same, the source's words and the edit's."""
+def _aligned(source: Prompt, edit: Prompt) -> list[tuple[tuple[Word, ...], tuple[Word, ...]]]:
+    """The two prompts in parts, the source's words and the edit's: the same, or some in the place of others."""
     texts = ([word.text for word in prompt.words] for prompt in (source, edit))
     found = SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
-    return [(kind == "equal", source.words[a:b], edit.words[c:d]) for kind, a, b, c, d in found]
+    return [(source.words[a:b], edit.words[c:d]) for _, a, b, c, d in found]
 
 
 def blend_words(source: Prompt, edit: Prompt, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The words that an edit may change, of the source's prompt and of its own: twice (tokens,), 1 at their tokens.
+    """The named words of the source's prompt and of the edit's: twice (tokens,), 1 at their tokens.
 
-    Without names those that changed. Raises InputError where neither prompt has any of the named words, or one of the
-    names means several, and, without names, where it is not one thing that changed.
+    Raises InputError where neither prompt has any of them, or a name means several.
     """
-    if names:
-        before, after = ([found for name in names if (found := prompt.named(name))] for prompt in (source, edit))
-        if not before and not after:
-            given = ", ".join(names)
-            raise InputError(f"blend words {given}: neither {source.text!r} nor {edit.text!r} has one of them")
-    else:
-        found = [one for one in changes(source, edit) if any(word.shows for word in (*one.before, *one.after))]
-        if len(found) != 1:
-            what = " and ".join(map(str, found)) or "nothing"
-            raise InputError(f"prompt {edit.text!r} changes {what} of {source.text!r}: say which by blend words")
-        before, after = ([word for word in words if word.shows] for words in (found[0].before, found[0].after))
+    before, after = ([found for name in names if (found := prompt.named(name))] for prompt in (source, edit))
+    if names and not before and not after:
+        given = ", ".join(names)
+        raise InputError(f"blend words {given}: neither {source.text!r} nor {edit.text!r} has one of them")
     return source.marked(before), edit.marked(after)
 
 
