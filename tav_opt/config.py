@@ -28,6 +28,7 @@ EngineName = Literal["tensorrt", "compiled", "onnxruntime", "pytorch"]
 EngineChoice = Literal["auto", "tensorrt", "compiled", "onnxruntime", "pytorch"]
 SolverName = Literal["ddim", "dpm++", "unipc"]
 Preset = Literal["exact", "fast", "draft"]
+Keep = Literal["background", "motion"]
 
 
 class InputError(ValueError):
@@ -122,6 +123,7 @@ Iterations = Annotated[int, Within(0, 100)]
 GuidanceScale = Annotated[float, Within(0, 100)]
 LearningRate = Annotated[float, Within(0, 1)]
 Fps = Annotated[float, Within(0.001, 1000)]
+Share = Annotated[float, Within(0, 1)]
 Mib = Annotated[int, Within(0, 2**30)]
 
 
@@ -251,11 +253,14 @@ class InversionConfig(Config):
     """DDIM steps."""
     iterations: Iterations = 0
     """How often each step is refined; 0: the reference's step."""
+    trajectory: bool = False
+    """Keep the latents that each step led to, for direct inversion, and not the last alone."""
 
     @property
     def key(self) -> str:
         """The same for inversions that lead to the same latents, and only for them."""
-        return f"{self.steps}+{self.iterations}" if self.iterations else f"{self.steps}"
+        refined = f"{self.steps}+{self.iterations}" if self.iterations else f"{self.steps}"
+        return f"{refined} trajectory" if self.trajectory else refined
 
 
 @documented
@@ -350,6 +355,16 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
 }
 """What cheaper edits are made with, in place of the clip's own settings and the defaults; docs/presets.md has what each
 costs and loses."""
+KEEP: Mapping[Keep, Mapping[str, Any]] = {
+    "background": {"replace_cross": 0.5, "replace_self": 0.5, "direct_inversion": True},
+    "motion": {"replace_cross": 0.8, "replace_self": 0.8, "direct_inversion": True},
+}
+"""Attention control for people who need not know of it, where its settings are not given; docs/attention-control.md has
+what each keeps and loses."""
+CONTROL_SETTINGS = (
+    "keep", "source_prompt", "replace_cross", "replace_self", "blend_words", "word_weights", "direct_inversion",
+)  # fmt: skip
+"""The settings of attention control."""
 FILLED_IN = (*EDIT_DEFAULTS, "solver", "guidance_interval")
 """The settings of an edit that a clip or a preset fills in where they are not given."""
 
@@ -381,6 +396,43 @@ class EditConfig(Config):
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
     inversion_iterations: Iterations | None = None
     """How often each step of the inversion is refined; default: as in the one kept with the clip."""
+    keep: Keep | None = None
+    """What of the source is kept: background, all but what the prompt changes, or motion; fills in the next six."""
+    source_prompt: str | None = None
+    """What the source shows; default: the clip's caption."""
+    replace_cross: Share | None = None
+    """Share of the steps in which attention to text takes the source's probabilities, word by word; default: 0."""
+    replace_self: Share | None = None
+    """Share of the steps in which attention to frames takes the source's queries and keys; default: 0."""
+    blend_words: tuple[str, ...] = ()
+    """Words, of the source's prompt and of what to draw, outside of which the source stays as it is; `dog#2` is the
+    second dog."""
+    word_weights: tuple[str, ...] = ()
+    """WORD:WEIGHT of words to draw, what their part in attention is multiplied by."""
+    direct_inversion: bool | None = None
+    """Put the source back on its inverted trajectory at every step while the edit looks at it; default: off."""
+
+    def filled(self) -> Self:
+        """Attention control as it is carried out: what was not given is as `keep` has it, or else off."""
+        found = {"replace_cross": 0.0, "replace_self": 0.0, "direct_inversion": False}
+        found |= KEEP.get(self.keep, {}) if self.keep else {}
+        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+
+    @property
+    def blends(self) -> bool:
+        """Whether there are places where the source stays as it is."""
+        return bool(self.blend_words) or self.keep == "background"
+
+    @property
+    def controlled(self) -> bool:
+        """Whether attention is; if not, the edit is the paper's."""
+        return self.beside or bool(self.word_weights)
+
+    @property
+    def beside(self) -> bool:
+        """Whether the edit takes something from its source, which is then sampled beside it."""
+        filled = self.filled()
+        return self.blends or bool(filled.replace_cross or filled.replace_self)
 
     @classmethod
     def of_preset(cls, name: Preset, **settings: Any) -> Self:

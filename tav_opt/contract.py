@@ -98,6 +98,41 @@ STREAM_INPUTS = (
         optional=True,
     ),
     ServedTensor(
+        name="keep", dtype="STRING", shape=(1,), doc="background or motion: of the source, as it is", optional=True
+    ),
+    ServedTensor(
+        name="source_prompt",
+        dtype="STRING",
+        shape=(1,),
+        doc="what the source shows; absent: its caption",
+        optional=True,
+    ),
+    ServedTensor(
+        name="replace_cross",
+        dtype="FP32",
+        shape=(1,),
+        doc="share of the steps with the source's attention to words",
+        optional=True,
+    ),
+    ServedTensor(
+        name="replace_self",
+        dtype="FP32",
+        shape=(1,),
+        doc="share of the steps with the source's attention to frames",
+        optional=True,
+    ),
+    ServedTensor(
+        name="blend_words", dtype="STRING", shape=(-1,), doc="outside of what they show the source stays", optional=True
+    ),
+    ServedTensor(name="word_weights", dtype="STRING", shape=(-1,), doc="word:weight, of words to draw", optional=True),
+    ServedTensor(
+        name="direct_inversion",
+        dtype="BOOL",
+        shape=(1,),
+        doc="the source goes back on its inverted trajectory at every step",
+        optional=True,
+    ),
+    ServedTensor(
         name="video", dtype="STRING", shape=(1,), doc="a video file to edit in the clip's place", optional=True
     ),
     ServedTensor(
@@ -172,6 +207,9 @@ STARTED_ANEW = "started anew"
 _OF_THE_QUEUE = re.compile(r"exceeds maximum queue size|request timeout expired", re.IGNORECASE)
 
 MAX_PROMPTS = 8
+WORDS = ("blend_words", "word_weights")
+"""Settings of several texts."""
+MAX_WORDS = 64
 MAX_TEXT_BYTES = 4096
 """Of one text; the tokenizer's own limit, some 77 tokens, is far below."""
 MAX_VIDEO_BYTES = 64 << 20
@@ -260,6 +298,8 @@ class ClipInfo:
     def inversion_of(self, edit: EditConfig) -> InversionConfig:
         """Of an edit's start: the clip's own where the edit asks for no other."""
         asked = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
+        if edit.filled().direct_inversion:  # step by step beside the edit
+            asked |= {"steps": edit.steps, "trajectory": True}
         return replace(self.inversion, **{name: value for name, value in asked.items() if value is not None})
 
     @classmethod
@@ -323,7 +363,14 @@ def edit_metadata(
         "inversion_steps": info.inversion_of(config).steps,
         "inversion_iterations": info.inversion_of(config).iterations,
     }
-    return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
+    texts: dict[str, Any] = {"prompts": list(prompts), "negative_prompt": config.negative_prompt}
+    if config.controlled:
+        filled = config.filled()
+        found |= {name: getattr(filled, name) for name in ("keep", "direct_inversion")}
+        found |= {name: round(getattr(filled, name), 6) for name in ("replace_cross", "replace_self")}
+        texts["source_prompt"] = info.prompt if config.source_prompt is None else config.source_prompt
+        texts |= {name: list(getattr(config, name)) for name in WORDS}
+    return found | (texts if with_prompts else {})
 
 
 def same_speed(fps: float | None, other: float) -> bool:
@@ -373,6 +420,7 @@ def to_tensors(
     absent = {*left_out, *(usual if preset == "exact" else ())}
     settings = [t.name for t in STREAM_INPUTS if t.name not in values]
     values |= {name: None if name in absent else getattr(config, name) for name in settings}
+    values |= {name: list(values[name]) or None for name in WORDS}
     return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
 
 
@@ -419,7 +467,11 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:
     prompts = values.pop("prompt")
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise InputError(f"{len(prompts)} prompts: 1…{MAX_PROMPTS} make a request")
-    settings = {f.name: values.pop(f.name)[0] for f in fields(EditConfig) if f.name in values}
+    words = {name: tuple(values.pop(name)) for name in WORDS if name in values}
+    for name, found in words.items():
+        if not 1 <= len(found) <= MAX_WORDS:
+            raise InputError(f"{len(found)} {name}: 1…{MAX_WORDS} make sense, or none and no such input")
+    settings = {f.name: values.pop(f.name)[0] for f in fields(EditConfig) if f.name in values} | words
     frames = values.pop("source_frames", None)
     request = Request(
         edit=EditConfig(prompts=tuple(prompts), **settings),

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from tav_opt import ddim, inversion
-from tav_opt.config import EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
+from tav_opt.conditions import token_map
+from tav_opt.conditions.attention_control import CONTROL
+from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words
+from tav_opt.conditions.token_map import Prompt
+from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
 from tav_opt.solvers import solver
 
 if TYPE_CHECKING:
@@ -32,6 +36,34 @@ def check(config: EditConfig) -> None:
         raise InputError(f"solver {config.solver[:63]!r} is not {', '.join(get_args(SolverName))}")
     if config.solver != "ddim" and config.eta > 0:
         raise InputError(f"eta {config.eta:g} with solver {config.solver}: only ddim adds noise")
+    _check_control(config)
+
+
+def _check_control(config: EditConfig) -> None:
+    if config.keep is not None and config.keep not in KEEP:
+        raise InputError(f"keep {config.keep[:63]!r} is not {' or '.join(KEEP)}")
+    for text in filter(None, (config.source_prompt, *config.blend_words, *config.word_weights)):
+        check_text("source prompt or word", text)
+    if config.source_prompt is not None and not config.source_prompt.strip():
+        raise InputError("source prompt '' is empty: say what the source shows, or leave it out for the clip's caption")
+    for given in config.word_weights:
+        token_map.weight_of(given)
+    filled = config.filled()
+    if not config.controlled and (config.source_prompt is not None or filled.direct_inversion):
+        name = "direct inversion" if filled.direct_inversion else "source prompt"
+        raise InputError(
+            f"{name} would change nothing: nothing is replaced, blended or weighted, and keep is not given"
+        )
+    if filled.direct_inversion and not config.inversion:
+        raise InputError("direct inversion without inversion: there is no trajectory to go back to")
+    if filled.direct_inversion and config.inversion_steps not in (None, config.steps):
+        raise InputError(
+            f"inversion steps {config.inversion_steps} with direct inversion: must be as many as steps, {config.steps}"
+        )
+    if config.blends and config.eta > 0:
+        raise InputError(
+            f"eta {config.eta:g} with blend words: what stays as it is has no noise of its own; eta must be 0"
+        )
 
 
 def start_latents(
@@ -42,7 +74,7 @@ def start_latents(
     *,
     on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """The latents (1, c, f, h, w) that sampling starts from.
+    """The latents (1, c, f, h, w) that sampling starts from; with direct inversion the last of (steps + 1, …).
 
     The clip's own inverted latents where its inversion is the one asked for; inverted anew for another or for `frames`
     uint8 (f, H, W, 3); seeded noise without inversion. `on_call` is called before each call of the network.
@@ -53,14 +85,60 @@ def start_latents(
     asked = engine.info.inversion_of(config)
     if frames is None and asked.key == engine.info.inversion.key:
         return engine.inverted_latents
-    source = engine.source_latents if frames is None else engine.encode_video(frames)
-    empty = engine.encode_text([""])
-    return inversion.invert(engine.predict, source, empty, engine.schedule, asked, on_step=on_step, on_call=on_call)
+    trajectory = [engine.source_latents if frames is None else engine.encode_video(frames)]
+
+    def led(step: ddim.Step) -> None:
+        if asked.trajectory:
+            trajectory.append(step.latents)
+        on_step(step)
+
+    found = inversion.invert(
+        engine.predict, trajectory[0], engine.encode_text([""]), engine.schedule, asked, on_step=led, on_call=on_call
+    )
+    return torch.cat(trajectory) if asked.trajectory else found
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
-    """→ (1 + prompts, tokens, width), the negative prompt first; raises InputError for prompts that are too long."""
-    return engine.encode_text([config.negative_prompt, *config.prompts])
+    """→ (1 + prompts, tokens, width), the negative prompt first, and where attention is controlled the source's last.
+
+    Raises InputError for prompts that are too long, and for words of attention control that they do not have.
+    """
+    if not config.controlled:
+        return engine.encode_text([config.negative_prompt, *config.prompts])
+    try:
+        engine.check_told(("text", *CONTROL))
+    except InputError as error:
+        raise InputError(f"{error}: attention control needs `python -m tav_opt.export … --attention-control`") from None
+    source = _source_prompt(engine, config)
+    text = engine.encode_text([config.negative_prompt, *config.prompts, source])
+    known, *edits = (Prompt.of(engine.tokenizer, prompt, text.shape[1]) for prompt in (source, *config.prompts))
+    token_map.check_names(config.blend_words, [known, *edits], "blend word")
+    token_map.check_names([token_map.weight_of(given)[0] for given in config.word_weights], edits, "weighted word")
+    for edit in edits:
+        token_map.blend_words(known, edit, config.blend_words)
+    return text
+
+
+def _source_prompt(engine: Engine, config: EditConfig) -> str:
+    return engine.info.prompt if config.source_prompt is None else config.source_prompt
+
+
+def _beside(engine: Engine, config: EditConfig, prompt: str, source_text: Tensor, start: Tensor) -> Beside:
+    """The network with the source beside the edit of one prompt; source_text (1, tokens, width)."""
+    tokens, filled = source_text.shape[1], config.filled()
+    known, edit = (Prompt.of(engine.tokenizer, text, tokens) for text in (_source_prompt(engine, config), prompt))
+    before, after = token_map.blend_words(known, edit, config.blend_words)
+    words = Words(
+        source_text=source_text,
+        token_map=token_map.token_map(known, edit),
+        weights=token_map.word_weights(edit, config.word_weights),
+        source_blend=before,
+        edit_blend=after,
+    )
+    source = Kept(start) if filled.direct_inversion else Sampled(start, engine.schedule, config.steps)
+    shares = {"replace_cross": filled.replace_cross or 0.0, "replace_self": filled.replace_self or 0.0}
+    blend: Blend | None = "words" if config.blend_words else "changes" if config.blends else None
+    return Beside(engine.predict, source, words, engine.schedule, config.steps, blend=blend, **shares)
 
 
 def sample(
@@ -75,24 +153,28 @@ def sample(
     """The sampled latents (b, c, f, h, w) of the prompts, `at_once` of them in one batch, batch after batch.
 
     `text` is of `encode_prompts`, `start` of `start_latents`. The steps that `on_step` is told of are counted over all
-    batches.
+    batches. Where attention is controlled, a batch has one prompt, and its source.
     """
-    batches = text[1:].split(at_once)
+    batches = text[1 : 1 + len(config.prompts)].split(1 if config.controlled else at_once)
     total = config.steps * len(batches)
-    for done, batch in zip(range(0, total, config.steps), batches, strict=True):
+    for number, batch in enumerate(batches):
+        predict, step = engine.predict, solver(config.solver, config.steps)
+        if config.controlled:
+            beside = _beside(engine, config, config.prompts[number], text[-1:], start)
+            predict, step = beside, beside.solver(step) if config.blends else step
         yield ddim.sample(
-            engine.predict,
-            start.expand(len(batch), -1, -1, -1, -1),
+            predict,
+            start[-1:].expand(len(batch), -1, -1, -1, -1),
             batch,
             engine.schedule,
             config.steps,
             unconditional=text[:1].expand(len(batch), -1, -1),
             guidance_scale=config.guidance_scale,
             guidance_interval=config.guidance_interval,
-            solver=solver(config.solver, config.steps),
+            solver=step,
             eta=config.eta,
             generator=torch.Generator().manual_seed(config.seed),
-            on_step=_counted(on_step, done, total),
+            on_step=_counted(on_step, number * config.steps, total),
         )
 
 

@@ -181,6 +181,8 @@ def made(kind: type[C], values: dict[str, Any]) -> C:
 def as_declared(hint: Any, name: str, value: Any) -> Any:
     """The value as the type that a field declares; YAML reads 3e-5 as a string, and lists for tuples."""
     origin, args = get_origin(hint), get_args(hint)
+    if len(args) == 2 and args[1] is type(None):
+        return None if value is None else as_declared(args[0], name, value)
     wrong = InputError(f"{name}: {value!r} is not {getattr(hint, '__name__', str(hint))}")
     if origin is Literal:
         if value not in args:

@@ -6,9 +6,10 @@ over clips in the text or in the time embedding. That survives gradient checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
+from tav_opt.conditions.attention_control import Control
 from tav_opt.config import InputError
 from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.inputs import on_kernel
@@ -88,16 +90,59 @@ class VideoUNet(UNet2DConditionModel):
         """One row a clip, though the sample's batch is frames."""
         return super().get_time_embed(sample[: timestep.shape[0]], timestep)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype."""
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        *,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+        **control: Tensor,
+    ) -> Tensor:
+        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype.
+
+        What is added inside, each (b,f,c',h',w'), enters where diffusers' UNet takes it, by the name that it has there.
+        With the tensors of attention control, by their names, there is one channel more: where the blend words look.
+        """
         dtype = self.conv_in.weight.dtype
         if latents.dtype != dtype or text.dtype != dtype:
             latents, text = latents.to(dtype), text.to(dtype)
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)
-        noise = super().forward(x, timesteps, text, return_dict=False)[0]
-        return noise.reshape(b, f, -1, h, w).transpose(1, 2)
+        controlled = Control.of(control, dtype, (h, w)) if control else None
+        mid = mid_block_additional_residual
+        noise = super().forward(
+            x,
+            timesteps,
+            text,
+            cross_attention_kwargs={"control": controlled} if controlled else None,
+            down_block_additional_residuals=_of_frames(down_block_additional_residuals, dtype),
+            mid_block_additional_residual=None if mid is None else mid.to(dtype).flatten(0, 1),
+            down_intrablock_additional_residuals=_of_frames(down_intrablock_additional_residuals, dtype),
+            return_dict=False,
+        )[0]
+        noise = noise.reshape(b, f, -1, h, w).transpose(1, 2)
+        return torch.cat([noise, controlled.where_words_look()], 1) if controlled else noise
+
+
+def _of_frames(residuals: Sequence[Tensor] | None, dtype: torch.dtype) -> Any:
+    """Each (b,f,c,h,w) → (b f) c h w; a list, which diffusers takes apart."""
+    return None if residuals is None else [residual.to(dtype).flatten(0, 1) for residual in residuals]
+
+
+def arguments(told: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors by name as keyword arguments of the UNet: `name.0`, `name.1`, … are the sequence that is one argument."""
+    found: dict[str, Any] = {}
+    for name, tensor in told.items():
+        argument, dot, _ = name.rpartition(".")
+        if dot:
+            found.setdefault(argument, []).append(tensor)
+        else:
+            found[name] = tensor
+    return found
 
 
 def inflate(unet: UNet2DConditionModel) -> VideoUNet:

@@ -51,7 +51,7 @@ class FakeEngine:
         on_part()
         return np.zeros((latents.shape[0], latents.shape[2], 8, 8, 3), np.uint8)
 
-    def extra_bytes(self, prompts, *, encode=False):
+    def extra_bytes(self, prompts, *, encode=False, told=("text",)):
         return prompts * GIB
 
 

@@ -43,6 +43,13 @@ INFO = ClipInfo(
         inversion_iterations=st.integers(0, 2**31 - 1),
         solver=TEXT,
         guidance_interval=st.integers(0, 2**31 - 1),
+        keep=st.none() | TEXT,
+        source_prompt=st.none() | TEXT,
+        replace_cross=st.none() | st.floats(width=32, allow_nan=False),
+        replace_self=st.none() | st.floats(width=32, allow_nan=False),
+        blend_words=st.lists(TEXT, max_size=8).map(tuple),
+        word_weights=st.lists(TEXT, max_size=8).map(tuple),
+        direct_inversion=st.none() | st.booleans(),
     ),
 )
 def test_a_request_survives_the_wire(clip, config):

@@ -300,6 +300,12 @@ def edited_cheaply(world: World) -> None:
         assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
 
 
+def kept(world: World) -> None:
+    world.shell(BLOCKS["attention-control.md: What an edit keeps, sh 1"])
+    for name in ("kept.mp4", "moved.mp4"):
+        assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
+
+
 def told(world: World) -> None:
     """The checkpoint, and the edit that FIRST made last."""
     shown = world.shell(BLOCKS["sharing.md: Sharing a clip, sh 1"])
@@ -451,6 +457,10 @@ CHECKS = {
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,
     "page.md: The page, sh 1": nothing("page.md: The page, sh 1"),
+    "attention-control.md: What an edit keeps, sh 1": kept,
+    "attention-control.md: What an edit keeps, python 1": edited(
+        "attention-control.md: What an edit keeps, python 1", "frames"
+    ),
     "presets.md: Cheaper edits, sh 1": edited_cheaply,
     "presets.md: Cheaper edits, python 1": edited("presets.md: Cheaper edits, python 1", "frames"),
     "serving.md: From Python, with this package, python 1": edited(

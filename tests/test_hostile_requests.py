@@ -115,6 +115,13 @@ BAD_VALUES: dict[str, list[object]] = {
     "preset": [b"", b"quick", b"FAST", b"\xff", b"fast\0", b"f" * 5000],
     "solver": [b"", b"euler", b"DDIM", b"\xff", b"ddim\0", b"u" * 5000],
     "guidance_interval": [0, -1, 1001, 2**31 - 1, -(2**31)],
+    "keep": [b"", b"sound", b"MOTION", b"\xff", b"motion\0", b"m" * 5000],
+    "source_prompt": [b"", b" \t\n", b"a cat", b"\xff", b"a" * 5000],  # without what looks at the source
+    "replace_cross": [np.nan, np.inf, -np.inf, -0.1, 1.1],
+    "replace_self": [np.nan, np.inf, -np.inf, -0.1, 1.1],
+    "blend_words": [b"", b"lion", b"lion#2", b"\xff", b"l" * 5000],
+    "word_weights": [b"", b"lion", b"lion:2", b"panda:nan", b"panda:-1", b"panda:101", b"\xff:1", b"l" * 5000],
+    "direct_inversion": [],  # false is as absent, true without what looks at the source is refused
     "preview_interval": [-1, -(2**31)],
     "output": [b"", b"gif", b"MP4", b"\xff", b"frames\0", b"f" * 5000],
     "fps": [np.nan, np.inf, -np.inf, -1, 0, 1001],

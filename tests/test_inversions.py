@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def test_inversions_survive_a_restart_bit_for_bit(tmp_path):
 
 def test_every_part_of_the_key_counts():
     configs = [InversionConfig(steps=steps, iterations=n) for steps, n in ((1, 0), (11, 0), (1, 1), (1, 11))]
+    configs += [replace(config, trajectory=True) for config in configs]
     keys = {inversions.key(r, i, c) for r in ("a", "b") for i in configs for c in ("clip", "1 clip", "frames 1")}
-    assert len(keys) == 24
+    assert len(keys) == 48
 
 
 def test_what_was_cached_before_inversions_had_a_configuration_is_found():

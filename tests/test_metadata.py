@@ -74,3 +74,23 @@ def test_keys_stay_as_they_are_and_name_no_folder_of_the_user():
     assert (found["software"], found["model"], found["clip"]) == (f"tav-opt {__version__}", "tiny", "toy")
     assert (found["guidance_scale"], found["prompts"], found["inversion_steps"]) == (7.3, ["a cat"], 50)
     assert list(edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")) == KEYS
+
+
+def test_attention_control_is_told_where_there_is_some():
+    config = EditConfig(prompts=("a cat",), keep="background", word_weights=("cat:2",), replace_self=0.3)
+    found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled", with_prompts=True)
+    control = {name: found[name] for name in list(found)[len(KEYS) :]}
+    assert control == {
+        "keep": "background",
+        "direct_inversion": True,
+        "replace_cross": config.filled().replace_cross,
+        "replace_self": 0.3,
+        "prompts": ["a cat"],
+        "negative_prompt": "",
+        "source_prompt": "a dog",
+        "blend_words": [],
+        "word_weights": ["cat:2"],
+    }
+    assert found["inversion_steps"] == config.steps
+    without = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
+    assert list(without) == [*KEYS, "keep", "direct_inversion", "replace_cross", "replace_self"]

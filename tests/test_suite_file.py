@@ -122,6 +122,11 @@ def test_settings_of_the_suite_of_a_video_and_of_a_method(tmp_path: Path) -> Non
             {"methods": ["per-frame"], "edit": {"inversion_iterations": 2}},
             "edit.inversion_iterations does nothing: no method is of kind tune-a-video",
         ),
+        (
+            {"methods": {"per-frame": {"edit": {"keep": "motion"}}}},
+            "per-frame.edit.keep does nothing for a method of kind per-frame",
+        ),
+        ({"methods": ["per-frame"], "edit": {"keep": "motion"}}, "edit.keep does nothing: no method is of kind"),
         ({"methods": {}}, "methods: give one or more"),
     ],
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from tav_opt.config import EngineName
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule, Timestep
+from tav_opt.ddim import Schedule, Text, Timestep
 
 
 class Engine(Protocol):
@@ -40,14 +41,26 @@ class Engine(Protocol):
     def sound(self) -> bytes | None:
         """Of the source's time, as a Matroska file; None where it has none."""
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text encoder: which words of a prompt are which tokens."""
+
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
         """uint8 (f, H, W, 3) → scaled latents (1, c, f, h, w)."""
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
-        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device."""
+    def check_told(self, told: Collection[str]) -> None:
+        """Raises InputError where the UNet cannot be told tensors of these names, `text` among them."""
+
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device.
+
+        A mapping has `text` in it, and what else the UNet is told, by the names of `unet.arguments`. Raises InputError
+        where that is more than the engine can tell it.
+        Told of attention control it answers with one channel more: where the blend words look.
+        """
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3), which come to the host in one transfer."""

@@ -53,6 +53,8 @@ class ExportConfig:
     """Cards for tensorrt-rtx by architecture, e.g. sm89 sm120; none: this machine's GPU."""
     plugin: bool = True
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
+    attention_control: bool = False
+    """Add the UNet's graph with attention control to the base, for --keep and the settings beside it; onnx."""
     half: bool = False
     """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
@@ -133,7 +135,7 @@ def _check_checkpoints(config: ExportConfig) -> None:
 
 def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None) -> list[Path]:
     """The clip's folder, and those of what is made beside its graphs."""
-    from tav_opt.export import exporting
+    from tav_opt.export import controlled, exporting
 
     def report(name: str, found: Parity) -> None:
         print(f"{name}: largest error {found.error:.1e} against eager PyTorch (tolerance {found.tolerance.error:.0e})")
@@ -150,6 +152,7 @@ def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None)
             source=config.source(),
             prompt=config.prompt,
             inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
+            further=[controlled.CONTROLLED] if config.attention_control else [],
             on_graph=report,
             on_edit=report_edit,
             on_progress=on_progress,

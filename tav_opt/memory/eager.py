@@ -44,14 +44,18 @@ def estimate_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, heigh
     return weights + _LIBRARIES + max(training + activations, vae)
 
 
-def estimate_editing(sd: StableDiffusion, frames: int, height: int, width: int) -> int:
-    """Bytes that a guided edit of one prompt will need at its peak, the loaded model included."""
-    return sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder)) + working_bytes(sd, frames, height, width)
+def estimate_editing(sd: StableDiffusion, frames: int, height: int, width: int, rows: int = 2) -> int:
+    """Bytes that a guided edit of one prompt will need at its peak, the loaded model included.
+
+    `rows` go through the network at a time: without and with the prompt, and its source where that is beside it.
+    """
+    model = sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
+    return model + working_bytes(sd, frames, height, width, rows)
 
 
-def working_bytes(sd: StableDiffusion, frames: int, height: int, width: int) -> int:
+def working_bytes(sd: StableDiffusion, frames: int, height: int, width: int, rows: int = 2) -> int:
     """Bytes that a guided edit of one prompt will need at its peak beyond the loaded model."""
-    sizes = [size for size, _ in _parts(sd.unet, 2 * frames * height * width // sd.vae_factor**2)]  # b = 2
+    sizes = [size for size, _ in _parts(sd.unet, rows * frames * height * width // sd.vae_factor**2)]
     unet = (
         sum(sizes[: len(sizes) // 2]) + _FORWARD * max(sizes)
     ) * sd.unet.dtype.itemsize  # skips, and the present part
@@ -117,9 +121,9 @@ def fit_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: in
     return fitting[0]
 
 
-def check_editing(sd: StableDiffusion, frames: int, height: int, width: int) -> None:
+def check_editing(sd: StableDiffusion, frames: int, height: int, width: int, rows: int = 2) -> None:
     """Raises InputError when an edit needs more memory than the device has free."""
-    needed = estimate_editing(sd, frames, height, width)
+    needed = estimate_editing(sd, frames, height, width, rows)
     free = free_bytes(sd.unet.device) + sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
     if needed > free:
         raise InputError(

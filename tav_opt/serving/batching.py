@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tav_opt.ddim import Timestep, timestep_rows
+from tav_opt.ddim import Text, Timestep, timestep_rows
 from tav_opt.serving.report import Report
 
 
@@ -26,7 +26,7 @@ class RowwiseEngine(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
 
 
@@ -44,7 +44,7 @@ def shared_by(engine: RowwiseEngine) -> str:
 class _Call:
     latents: Tensor
     timestep: Timestep
-    text: Tensor
+    text: Text
     together: int = 1
     """How many were answered with it."""
     answer: Tensor | Exception | None = None
@@ -114,7 +114,8 @@ class _Group:
             if call.answer is not None:
                 return
             batch, self._waiting = self._waiting, []
-        self._answer(member.engine, batch)
+        for alike in _alike(batch):
+            self._answer(member.engine, alike)
         with self._changed:
             self._changed.notify_all()
 
@@ -136,12 +137,26 @@ class _Group:
                 self._answer(engine, [call])
 
 
+def _told(text: Text) -> Mapping[str, Tensor]:
+    return {"text": text} if isinstance(text, Tensor) else text
+
+
+def _alike(batch: list[_Call]) -> list[list[_Call]]:
+    """Those together whose network is told the same things: of others it is another graph."""
+    found: dict[frozenset[str], list[_Call]] = {}
+    for call in batch:
+        found.setdefault(frozenset(_told(call.text)), []).append(call)
+    return list(found.values())
+
+
 def _together(engine: RowwiseEngine, batch: list[_Call]) -> tuple[Tensor, ...]:
     """One call of the engine for all; what each edit asked for."""
     if len(batch) == 1:
         return (engine.predict(batch[0].latents, batch[0].timestep, batch[0].text),)
     timesteps = torch.cat([timestep_rows(call.timestep, call.latents) for call in batch])
-    latents, text = (torch.cat([getattr(call, name) for call in batch]) for name in ("latents", "text"))
+    latents = torch.cat([call.latents for call in batch])
+    told = {name: torch.cat([_told(call.text)[name] for call in batch]) for name in _told(batch[0].text)}
+    text = told["text"] if len(told) == 1 else told
     return engine.predict(latents, timesteps, text).split([len(call.latents) for call in batch])
 
 
@@ -154,7 +169,7 @@ class _Member:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         call = _Call(latents, timestep, text)
         self._group.predict(self, call)
         self._report.together = max(self._report.together, call.together)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from tav_opt import ddim, editing, video
+from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
-from tav_opt.ddim import Timestep
+from tav_opt.ddim import Text, Timestep
 from tav_opt.engines import Engine
 from tav_opt.memory.promises import Memory
 from tav_opt.serving import previews
@@ -42,13 +43,13 @@ class ServedEngine(Engine, Protocol):
     def revision(self) -> str:
         """Another for every export, and for every engine."""
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
 
     def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE."""
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
+    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
         """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
 
 
@@ -221,14 +222,16 @@ def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, besid
 
     Raises Unavailable where memory is short of one.
     """
-    prompts = len(request.edit.prompts)
+    controlled = request.edit.controlled  # a prompt at a time, and its source, which counts as one
+    prompts, source = (1, 1) if controlled else (len(request.edit.prompts), 0)
+    told = ("text", *CONTROL) if controlled else ("text",)
     encode = request.video is not None or request.source_frames is not None
     promised = engine.extra_bytes(beside) if beside else 0  # by those edits
 
     def bytes_of(prompts: int) -> int:
         """For them alone, and for what they add to the others' batch: whichever is more."""
-        together = engine.extra_bytes(prompts + beside, encode=encode) - promised
-        return max(together, engine.extra_bytes(prompts, encode=encode))
+        together = engine.extra_bytes(prompts + source + beside, encode=encode, told=told) - promised
+        return max(together, engine.extra_bytes(prompts + source, encode=encode, told=told))
 
     while (needed := bytes_of(prompts)) > free:
         if prompts == 1:

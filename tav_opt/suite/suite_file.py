@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 from tav_opt import editing
 from tav_opt.config import (
+    CONTROL_SETTINGS,
     ClipConfig,
     EditConfig,
     InputError,
@@ -57,8 +58,9 @@ def _suite(found: dict[str, Any], path: Path) -> Suite:
         videos = _videos(found["videos"], home, clip)
     common = {name: _section(found, name, kind, without=left) for name, kind, left in _SETTINGS}
     methods = _methods(found.get("methods", {"ours": {}}), home, common)
-    if "inversion_iterations" in common["edit"] and all(method.kind != "tune-a-video" for method in methods):
-        raise InputError("edit.inversion_iterations does nothing: no method is of kind tune-a-video")
+    idle = [key for key in _OF_VIDEOS if key in common["edit"]]
+    if idle and all(method.kind != "tune-a-video" for method in methods):
+        raise InputError(f"edit.{idle[0]} does nothing: no method is of kind tune-a-video")
     metrics = made(MetricsConfig, _section(found, "metrics", MetricsConfig, without=("device",)))
     check_numbers(metrics)
     captioner = found.get("captioner")
@@ -81,7 +83,9 @@ _SETTINGS = (
 """Sections that methods may have too, and fields that they lack: previews are for a person who waits, and the steps of
 the inversion are those of tuning."""
 _FRAME_BY_FRAME = ("per-frame", "plug-and-play")
-"""Kinds of methods whose inversion has no iterations."""
+"""Kinds of methods that know no video."""
+_OF_VIDEOS = ("inversion_iterations", *CONTROL_SETTINGS)
+"""Settings of edits that do nothing for them."""
 _NETWORKS = ("clip", "pick_score", "dino")
 
 
@@ -186,8 +190,8 @@ def _method(name: str, settings: Any, home: Path, common: dict[str, dict[str, An
         raise InputError(f"{where}.{idle[0]} does nothing for a method of kind {kind}")
     if kind == "folder" and "folder" not in settings:
         raise InputError(f"key {where}.folder is missing")
-    if kind in _FRAME_BY_FRAME and "inversion_iterations" in (settings.get("edit") or {}):
-        raise InputError(f"{where}.edit.inversion_iterations does nothing for a method of kind {kind}")
+    if kind in _FRAME_BY_FRAME and (idle := [key for key in _OF_VIDEOS if key in (settings.get("edit") or {})]):
+        raise InputError(f"{where}.edit.{idle[0]} does nothing for a method of kind {kind}")
     own = {n: common[n] | _section(settings, n, k, without=left) for n, k, left in _SETTINGS}
     attention = as_declared(Attention, f"{where}.attention", settings.get("attention", "sparse-causal"))
     return Method(
