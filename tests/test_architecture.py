@@ -18,7 +18,7 @@ ROWS = (
     ("contract", "video", "ddim", "kernels", "base", "plots"),
     ("clip_folder",),
     ("attention", "checkpoint", "repository", "solvers", "inversion"),
-    ("unet", "tuning_state"),
+    ("unet", "tuning_state", "windows"),
     ("models", "tuning_step"),
     ("memory", "tuning_loop"),
     ("editing", "engines", "metrics"),
