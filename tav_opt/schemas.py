@@ -56,6 +56,7 @@ class ClipDescription(Manifest):
     fps: Annotated[float, Field(ge=0.001, le=1000)]
     inversion_steps: Annotated[int, Field(ge=1, le=1000)]
     inversion_iterations: Annotated[int, Field(ge=0, le=100)] = 0
+    window: Annotated[int, Field(ge=2)] | None = None
     settings: dict[str, Any] = {}
 
 

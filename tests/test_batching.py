@@ -177,7 +177,7 @@ def test_joined_edits_promise_the_memory_that_they_take_together(tmp_path):
 def test_an_edit_of_a_larger_batch_promises_what_it_adds_to_it(tmp_path):
     """Where the first prompt costs more than the next ones do, an edit alone must still fit when the others end."""
     engine = Rows()
-    engine.extra_bytes = lambda prompts, *, encode=False: (4 + prompts) * GIB  # type: ignore[method-assign]
+    engine.extra_bytes = lambda prompts, **_: (4 + prompts) * GIB  # type: ignore[method-assign]
     memory = Memory(lambda: 11 * GIB, tmp_path, "0")
     ours, seen = editor(engine, memory=memory), []
     let = threading.Event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_every_frame_is_covered_and_neighbours_share_a_quarter(total, window):
     begins = windows.begins(total, window)
     assert begins[0] == 0 and begins[-1] == total - window and begins == sorted(set(begins))
     assert {frame for begin in begins for frame in own_frames(begin, window)} == set(range(total))
-    for one, other in zip(begins, begins[1:], strict=False):
+    for one, other in itertools.pairwise(begins):
         shared = len(set(own_frames(one, window)[1:]) & set(own_frames(other, window)[1:]))
         assert shared >= min(round(window / 4), window - 2)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -23,7 +24,7 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, Preset, check_preset
+from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, InputError, Preset, Within, check_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class Edit(EditConfig):
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
+    mask: Path | None = None
+    """White where the picture may change; the rest stays. An image, or a video or folder of images, whose frames are
+    chosen and fitted as the clip's were."""
+    windows_at_once: Annotated[int, Within(1, 1024)] = 1
+    """Windows of a clip longer than its network takes in one call; more take as many times the memory."""
     out: Path = Path("edit.mp4")
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
     fps: Fps | None = None
@@ -64,6 +70,8 @@ def run(arguments: Sequence[str]) -> None:
     check_preset(args.preset, given)
     clip = ClipFolder.at(args.checkpoint)
     check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
+    if args.mask is not None and not args.mask.exists():
+        raise InputError(f"mask {args.mask} does not exist")
     import torch
 
     from tav_opt import editing
@@ -85,7 +93,10 @@ def run(arguments: Sequence[str]) -> None:
     if "seed" in given:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
-        edits = list(editing.edit(engine, args, on_progress=on_progress))
+        edited = editing.edit(
+            engine, args, mask=args.mask, windows_at_once=args.windows_at_once, on_progress=on_progress
+        )
+        edits = list(edited)
     captions = [[prompt] for prompt in args.prompts]
     if args.side_by_side:
         source = engine.decode(engine.source_latents)[0]
@@ -97,6 +108,7 @@ def run(arguments: Sequence[str]) -> None:
         clip.name,
         args,
         engine=engine.kind,
+        masked=args.mask is not None,
         with_prompts=args.prompt_metadata,
     )
     fps = args.fps or engine.info.fps

@@ -20,7 +20,9 @@ class Request(EditConfig):
     clip: str
     """Name of the exported clip."""
     video: Path | None = None
-    """Video file, or folder of images, to edit in the clip's place; the next four fit it to the clip, as in tune."""
+    """Video file, or folder of images, to edit in the clip's place; the next five fit it to the clip, as in tune."""
+    frames: Count | None = None
+    """How many frames of it; default: as many as the clip has."""
     start: Index = ClipConfig.start
     """First frame."""
     stride: Count = ClipConfig.stride
@@ -29,6 +31,9 @@ class Request(EditConfig):
     """Spread the frames evenly over the video instead of start and stride."""
     fit: Literal["crop", "squash"] = ClipConfig.fit
     """Centre crop that keeps the aspect, or squash."""
+    mask: Path | None = None
+    """White where the picture may change; the rest stays. An image, or a video or folder of images, fitted like the
+    video."""
     preset: Preset = "exact"
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     url: str = "localhost:8001"
@@ -64,8 +69,8 @@ def run(arguments: Sequence[str]) -> int:
 
     check_edit(args, args.out, len(args.prompts))
     mention_weights("request", (*args.prompts, args.negative_prompt))
-    fitted = ("video", *FITTING) if args.video is not None else ()
-    source: Any = {name: getattr(args, name) for name in fitted}
+    names = ("video", *FITTING) if args.video is not None else ("frames",)
+    source: Any = {name: found for name in (*names, "mask") if (found := getattr(args, name)) is not None}
     output: Output = "mp4" if args.out.suffix.lower() == ".mp4" else "frames"
     files = {name: getattr(args, name) for name in ("root_certificates", "certificate", "key")}
     tls = Tls(**files) if args.tls or any(files.values()) else None

@@ -259,6 +259,20 @@ def encode_mp4(
         return path.read_bytes()
 
 
+def encode_lossless(frames: np.ndarray) -> bytes:
+    """Frames uint8 (f, H, W, 3) RGB as a Matroska file that keeps every value (FFV1)."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
 def write_png(path: PathLike, picture: np.ndarray, metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a picture uint8 (H, W, 3) RGB as PNG, with `metadata` as its text `Comment`."""
     with whole(Path(path)) as beside:
