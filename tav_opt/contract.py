@@ -16,6 +16,7 @@ from tav_opt.config import (
     EDIT_DEFAULTS,
     FILLED_IN,
     PRESETS,
+    ClipConfig,
     EditConfig,
     EngineName,
     Fps,
@@ -256,6 +257,11 @@ class ClipInfo:
     """What was added to the image model, as config.Additions has it."""
     window: int | None = None
     """Frames that the network takes at once, where those are fewer than the clip has."""
+    source_height: int | None = None
+    """At which the source is shown, of which the frames were fitted; None where nobody kept that."""
+    source_width: int | None = None
+    fit: Literal["crop", "squash"] = ClipConfig.fit
+    """How they were: cropped or squashed."""
     version: int = VERSION
 
     @property
@@ -290,6 +296,7 @@ class ClipInfo:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
         # Clips of before have none of these.
         value = {"edit": {}, "additions": {}, "inversion_iterations": 0, "window": None} | value
+        value = {"source_height": None, "source_width": None, "fit": ClipConfig.fit} | value
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         from tav_opt import schemas  # not for clients, who read no such file

@@ -32,6 +32,7 @@ from tav_opt.models import StableDiffusion
 from tav_opt.tuning_step import Training, begin, seeded_draw, train_step
 from tav_opt.unet import clip_value_names
 from tav_opt.video import Clip, contact_sheet
+from tav_opt.video.restoring import Shape
 
 Stage = Literal["tune", "invert"]
 OnStep = Callable[[Stage, int, int, float], object]
@@ -161,8 +162,13 @@ def _info(
         inversion_steps=settings["inversion_steps"],
         inversion_iterations=settings.get("inversion_iterations", 0),
         window=settings.get("window"),
+        **({} if clip.shape is None else _of_shape(clip.shape)),
         edit=edit,
     )
+
+
+def _of_shape(shape: Shape) -> dict[str, Any]:
+    return {"source_height": shape.height, "source_width": shape.width, "fit": shape.fit}
 
 
 @dataclass(frozen=True, kw_only=True)

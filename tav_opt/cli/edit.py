@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -25,6 +25,10 @@ from tav_opt.cli.common import (
     write,
 )
 from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, InputError, Preset, Within, check_preset
+
+if TYPE_CHECKING:
+    from tav_opt.contract import ClipInfo
+    from tav_opt.video.restoring import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Edit(EditConfig):
     """Windows of a clip longer than its network takes in one call; more take as many times the memory."""
     out: Path = Path("edit.mp4")
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    size: Literal["clip", "source"] = "clip"
+    """That of the clip's frames, or that at which its source is shown, with black where it was cropped."""
     fps: Fps | None = None
     """Frames a second; default: those at which the clip moves as its source did, with its sound. Others go without."""
     side_by_side: bool = False
@@ -79,11 +85,13 @@ def run(arguments: Sequence[str]) -> None:
     from tav_opt.device import told
     from tav_opt.engines.registry import load
     from tav_opt.video import contact_sheet
+    from tav_opt.video.restoring import restored
 
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
     dtype = getattr(torch, args.dtype, None)
     engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=moved(args.base, args.additions))
+    shape = _shape(engine.info) if args.size == "source" else None
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
     args = engine.info.edited(args, given, args.preset)
@@ -98,8 +106,11 @@ def run(arguments: Sequence[str]) -> None:
         )
         edits = list(edited)
     captions = [[prompt] for prompt in args.prompts]
-    if args.side_by_side:
-        source = engine.decode(engine.source_latents)[0]
+    source = engine.decode(engine.source_latents)[0] if args.side_by_side else None
+    if shape is not None:
+        edits = [restored(frames, shape) for frames in edits]
+        source = None if source is None else restored(source, shape)
+    if source is not None:
         edits = [contact_sheet.side_by_side([source, *edits], [engine.info.prompt, *args.prompts])]
         captions = [list(args.prompts)]
     about = partial(
@@ -114,3 +125,12 @@ def run(arguments: Sequence[str]) -> None:
     fps = args.fps or engine.info.fps
     sound = engine.sound if same_speed(args.fps, engine.info.fps) else None
     write(args.out, edits, fps, [about(prompts) for prompts in captions], sound)
+
+
+def _shape(info: ClipInfo) -> Shape:
+    """Of the clip's source; raises InputError where nobody kept it."""
+    from tav_opt.video.restoring import Shape
+
+    if info.source_height is None or info.source_width is None:
+        raise InputError("size source: the clip does not tell its source's size; tune it again, or leave it out")
+    return Shape(height=info.source_height, width=info.source_width, fit=info.fit)

@@ -56,14 +56,14 @@ def of_edit(path: PathLike, source: ClipConfig | None, frames: int, height: int,
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    size = {"frames": 1, "start": 0, "stride": 1, "uniform": False, "height": height, "width": width}
-    whole = replace(source or ClipConfig(video=path), video=path, **size)
+    own = replace(source or ClipConfig(video=path), video=path, height=height, width=width)
+    whole = replace(own, frames=1, start=0, stride=1, uniform=False)
     if path.suffix.lower() in IMAGES and path.is_file():
         mask = fitted(lambda: iter([Shown(0, 1, lambda: _still(path, LOCAL))]), whole)
     elif (there := _count(path)) in (1, frames):
         mask = _frames(path, replace(whole, frames=there))
     elif source is not None:
-        mask = _frames(path, replace(source, video=path, frames=frames, height=height, width=width))
+        mask = _frames(path, replace(own, frames=frames))
     else:
         raise InputError(f"mask {path} has {there} frames: must have 1, or {frames} as the edit has")
     return mask.max(-1) >= HALF
