@@ -6,7 +6,7 @@ beside nothing else, and edits it and its first 24 frames by the same graphs.
 
 from __future__ import annotations
 
-import resource
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def main(config: LongClips) -> int:
     every = slice(0, None, len(frames) // 12)
     sheet = contact_sheet.contact_sheet([x[every] for x in (frames, *long)], [caption(config), *config.prompts])
     video.write_png(config.folder / "long-clips.png", sheet)
-    print(header())
+    print(header("long clips"))
     write_json(config.out, {"machine": machine(), "frames": len(frames), "window": FRAMES, "edits": rows})
     return 0
 
@@ -104,12 +104,15 @@ def told(stage: str, step: int, steps: int, loss: float) -> None:
 
 
 def edited(config: LongClips, prompt: str, frames: np.ndarray) -> tuple[float, np.ndarray]:
-    """In a process of its own: the peak of its memory in MiB, and the edit's frames."""
+    """In a process of its own: the peak of all its memory in MiB, and the edit's frames."""
     engine = open_clip(config.folder / "repository", NAME)
+    Path("/proc/self/clear_refs").write_text("5")  # of what opening took
     edit = replace(DemoConfig(ddim_steps=config.steps).edit_config(prompt), prompts=(prompt,))
     assert isinstance(edit, EditConfig)
     found = editing.edit(engine, edit, frames=frames)[0]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, found
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak, "Linux only"
+    return int(peak[1]) / 1024, found
 
 
 def figures(judge: Judge, edit: np.ndarray, frames: np.ndarray, track: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Colours of full-range and limited video, of BT.601 and BT.709, read and written; the truth is the standards' formulas."""
+"""Colours of full-range and limited video, of BT.601 and BT.709, read and written: against the standards' formulas."""
 
 from __future__ import annotations
 

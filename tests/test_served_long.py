@@ -113,12 +113,11 @@ def test_the_command_takes_a_long_video_and_its_mask(server, tmp_path, capsys):
     assert "frames chooses frames of a video" in capsys.readouterr().err
 
 
-def test_outside_a_mask_the_served_edit_is_the_sources_reconstruction(server, exported):
+def test_a_mask_that_is_sent_does_what_it_does_here(server, exported):
     engine = open_clip(exported.repository, "first", threads=1)
     one = EditConfig(prompts=("x",), steps=2, guidance_scale=7.5, inversion_steps=2)
     with Client(server.grpc_url) as client:
         found = client.edit("first", one, source_frames=noise(FRAMES), mask=masks.encoded(mask_of(FRAMES))).frames
     assert_same(found, editing.edit(engine, one, frames=noise(FRAMES), mask=mask_of(FRAMES)))
-    source = engine.decode(engine.encode_video(noise(FRAMES)))
-    away = slice(3 * SIDE // 4, None)
-    assert np.abs(found.astype(int) - source)[:, :, :, away].max() <= 2
+    free = editing.edit(engine, one, frames=noise(FRAMES))
+    assert np.abs(found.astype(int) - free).mean() > 3, "the mask did nothing"

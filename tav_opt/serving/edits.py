@@ -110,29 +110,38 @@ class Editor:
                     request,
                     self.memory.free(),
                     beside=self.batches.prompts(engine),
-                    windows=self.windows_at_once if _is_long(engine, request) else 1,
+                    windows=self._windows(engine, request),
                 )
                 stack.enter_context(self.batches.counted(engine, report.at_once))
                 return needed
 
-            with self.memory.promised(choose):
-                return self._edited(engine, request, progress)
+            promise = stack.enter_context(ExitStack())
+            promise.enter_context(self.memory.promised(choose))
+            return self._edited(engine, request, progress, promise)
 
-    def _edited(self, engine: ServedEngine, request: Request, progress: _Progress) -> dict[str, np.ndarray]:
-        """The last response."""
+    def _windows(self, engine: ServedEngine, request: Request) -> int:
+        """How many go through the network at once, if there may be more than one."""
+        sent = request.video is not None or request.source_frames is not None
+        return self.windows_at_once if sent or engine.info.window is not None else 1
+
+    def _edited(
+        self, engine: ServedEngine, request: Request, progress: _Progress, promise: ExitStack
+    ) -> dict[str, np.ndarray]:
+        """The last response; the `promise` of memory is made anew where the source has more frames than the clip."""
         report = progress.report
         text = editing.encode_prompts(engine, request.edit)
         mask = self._mask(engine, request, progress)
         source = cache(lambda: self._source(engine, request, progress))
-        with ExitStack() as stack:
-            with self.batches.joined(engine, report) as joined:
-                start = self._start(joined, request, source, progress)
-                stack.enter_context(self.memory.promised(lambda: self._of_length(engine, request, start)))
-                blend = None if mask is None else _blend(engine, request, mask, source(), start)
-                with report.stage("sample"):
-                    sampled = self._sampled(joined, request, text, start, blend, progress)
-            with report.stage("render"):
-                result = self._result(engine, request, sampled, progress)
+        with self.batches.joined(engine, report) as joined:
+            start = self._start(joined, request, source, progress)
+            if start.shape[2] > engine.info.frames:
+                promise.close()
+                promise.enter_context(self.memory.promised(lambda: self._of_length(engine, request, start, report)))
+            blend = None if mask is None else _blend(engine, request, mask, source(), start)
+            with report.stage("sample"):
+                sampled = self._sampled(joined, request, text, start, blend, progress)
+        with report.stage("render"):
+            result = self._result(engine, request, sampled, progress)
         steps = report.steps["sample"]
         return {**told("done", steps, steps), **result, "fps": np.array([request.fps or engine.info.fps], np.float32)}
 
@@ -175,14 +184,15 @@ class Editor:
         with progress.report.stage("decode"):
             return masks.of_frames(self.decode(request.mask, wanted, progress.go_on))
 
-    def _of_length(self, engine: ServedEngine, request: Request, start: Tensor) -> int:
-        """Bytes that an edit needs for the frames that it has beyond the clip's; raises Unavailable without them."""
-        info, prompts = engine.info, len(request.edit.prompts)
-        if (more := start.shape[2] - info.frames) <= 0:
-            return 0
+    def _of_length(self, engine: ServedEngine, request: Request, start: Tensor, report: Report) -> int:
+        """Bytes that an edit of more frames than the clip's needs from now on; raises Unavailable without them."""
+        info, prompts, at_once = engine.info, len(request.edit.prompts), report.at_once
+        beside, windows = self.batches.prompts(engine) - at_once, self._windows(engine, request)
+        more = start.shape[2] - info.frames
         latents = LATENT_COPIES * (prompts + 1) * start.nbytes * more // start.shape[2]
-        needed = latents + 2 * prompts * more * info.height * info.width * 3
-        return _checked(needed, self.memory.free())
+        pixels = 2 * prompts * more * info.height * info.width * 3
+        network = _bytes_of(engine, request, at_once, beside=beside, windows=windows)
+        return _checked(network + latents + pixels, self.memory.free())
 
     def _sampled(
         self,
@@ -278,11 +288,6 @@ def told(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
     }
 
 
-def _is_long(engine: ServedEngine, request: Request) -> bool:
-    """Whether there may be more frames than the network takes at once."""
-    return engine.info.window is not None or request.video is not None or request.source_frames is not None
-
-
 def _check_source(request: Request, engine: ServedEngine, longest: int) -> None:
     info, frames = engine.info, request.source_frames
     if frames is None:
@@ -322,17 +327,17 @@ def _prompts_at_once(
     `windows` of a long clip go through the network at once. Raises Unavailable where memory is short of one prompt.
     """
     prompts = len(request.edit.prompts)
-    encode = request.video is not None or request.source_frames is not None
-    promised = engine.extra_bytes(beside) if beside else 0  # by those edits
-
-    def bytes_of(prompts: int) -> int:
-        """For them alone, and for what they add to the others' batch: whichever is more."""
-        together = engine.extra_bytes(prompts + beside, encode=encode, windows=windows) - promised
-        return max(together, engine.extra_bytes(prompts, encode=encode, windows=windows))
-
-    while (needed := bytes_of(prompts)) > free and prompts > 1:
+    while (needed := _bytes_of(engine, request, prompts, beside=beside, windows=windows)) > free and prompts > 1:
         prompts = (prompts + 1) // 2
     return prompts, _checked(needed, free)
+
+
+def _bytes_of(engine: ServedEngine, request: Request, prompts: int, *, beside: int, windows: int) -> int:
+    """What so many prompts need for them alone, or add to the batch of others: whichever is more."""
+    encode = request.video is not None or request.source_frames is not None
+    promised = engine.extra_bytes(beside) if beside else 0  # by those edits
+    together = engine.extra_bytes(prompts + beside, encode=encode, windows=windows) - promised
+    return max(together, engine.extra_bytes(prompts, encode=encode, windows=windows))
 
 
 def _checked(needed: int, free: int) -> int:
