@@ -8,7 +8,7 @@ that appearance holds over the whole clip.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def cut(latents: Tensor, begin: int, window: int) -> Tensor:
     return torch.cat([latents[:, :, :1], latents[:, :, begin + 1 : begin + window]], 2)
 
 
-@cache
+@lru_cache(64)
 def weights(total: int, window: int) -> Tensor:
     """How much each window's prediction counts: (windows, window), those of one frame of the clip sum to 1.
 
@@ -69,7 +69,8 @@ def windowed(predict: Predict, window: int, *, at_once: int = 1) -> Predict:
         total = latents.shape[2]
         if total == window:
             return predict(latents, timestep, text)
-        places = list(zip(begins(total, window), weights(total, window), strict=True))
+        shares = _weights_on(total, window, latents.device, latents.dtype)
+        places = list(zip(begins(total, window), shares, strict=True))
         found: Tensor | None = None
         for first in range(0, len(places), at_once):
             part = places[first : first + at_once]
@@ -78,13 +79,19 @@ def windowed(predict: Predict, window: int, *, at_once: int = 1) -> Predict:
             answers = predict(rows, _for_each(timestep, own), _of_windows(text, own, total, window))
             found = answers.new_zeros(latents.shape) if found is None else found
             for (begin, share), answer in zip(part, answers.chunk(len(part)), strict=True):
-                weighted = answer * share.to(answer)[:, None, None]
+                weighted = answer * share[:, None, None]
                 found[:, :, :1] += weighted[:, :, :1]
                 found[:, :, begin + 1 : begin + window] += weighted[:, :, 1:]
         assert found is not None
         return found
 
     return whole
+
+
+@lru_cache(64)
+def _weights_on(total: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied once, not at every step."""
+    return weights(total, window).to(device, dtype)
 
 
 def _for_each(timestep: Timestep, begins: list[int]) -> Timestep:
