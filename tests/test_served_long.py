@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from exported import FRAMES, SIDE, Exported, export_once
 from served import Wire, raw, serving
+from test_sound import recorded
 
 from tav_opt import cli, editing, video
 from tav_opt.client import AsyncClient, Client
@@ -111,6 +112,20 @@ def test_the_command_takes_a_long_video_and_its_mask(server, tmp_path, capsys):
     assert video.settings_of(tmp_path / "edit.mp4")["masked"] is True
     assert cli.main([*options.replace(f"--video {tmp_path / 'source'}", "").split()]) == 2
     assert "frames chooses frames of a video" in capsys.readouterr().err
+
+
+def test_an_edit_comes_at_the_size_of_the_video_with_its_sound(server, tmp_path, capsys):
+    frames = np.random.default_rng(6).integers(0, 256, (FRAMES, 48, 96, 3), dtype=np.uint8)
+    heard = video.read(recorded(tmp_path / "heard.mkv", "aac", "matroska"), count=FRAMES)
+    (tmp_path / "source.mp4").write_bytes(video.encode_mp4(frames, heard.fps, sound=heard.sound))
+    options = f"request --url {server.grpc_url} --clip first --prompt x --steps 1 --guidance 1 --inversion-steps 1"
+    options += f" --size source --out {tmp_path / 'edit.mp4'}"
+    assert cli.main([*options.split(), "--video", str(tmp_path / "source.mp4"), "--stride", "1"]) == 0
+    found = video.read(tmp_path / "edit.mp4")
+    assert found.frames.shape == (FRAMES, 48, 96, 3) and found.sound is not None
+    assert found.frames[:, :, :20].max() < 40 < found.frames[:, :, 30:66].mean()
+    capsys.readouterr()
+    assert cli.main(options.split()) == 2 and "only of a --video" in capsys.readouterr().err
 
 
 def test_a_mask_that_is_sent_does_what_it_does_here(server, exported):

@@ -79,6 +79,8 @@ class Edit:
     """An MP4 file of each prompt, where they were asked for."""
     request_id: str = ""
     """What the server's log calls the request."""
+    sound: bytes | None = None
+    """Of the video's file, as a Matroska file, at the video's speed; MP4 files have it already."""
     metadata: tuple[dict[str, Any], ...] = ()
     """What each says of itself; MP4 files carry it as their comment."""
 
@@ -254,6 +256,7 @@ class Exchange:
             fps=float(tensors["fps"][0]),
             videos=tuple(self._sounding(file) for file in tensors.get("video", ())),
             request_id=self.request_id,
+            sound=self._sound,
             metadata=tuple(map(json.loads, tensors.get("metadata", ()))),
         )
 
