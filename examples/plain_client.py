@@ -16,15 +16,17 @@ client.start_stream(lambda result, error: answers.put((result, error)))
 texts = {"clip": clip, "prompt": prompt}
 inputs = [triton.InferInput(name, [1], "BYTES").set_data_from_numpy(np.array([texts[name]], object)) for name in texts]
 client.async_stream_infer("tune_a_video_stream", [*inputs])
-frames = None
-while frames is None:  # progress comes first, then one response with the frames
+parts, stage = [], ""
+while stage != "done":  # progress comes first; then the frames, all of them, or with the stage render the next ones
     result, error = answers.get()
     if error:
         sys.exit(str(error))
     failure = result.as_numpy("error")
     if failure is not None:
         sys.exit(": ".join(text.decode() for text in failure))
-    print(result.as_numpy("stage")[0].decode(), result.as_numpy("step")[0], "of", result.as_numpy("steps")[0])
-    frames = result.as_numpy("frames")  # uint8 (prompts, f, H, W, 3)
+    stage = result.as_numpy("stage")[0].decode()
+    print(stage, result.as_numpy("step")[0], "of", result.as_numpy("steps")[0])
+    if (frames := result.as_numpy("frames")) is not None:
+        parts.append(frames)  # uint8 (prompts, f, H, W, 3)
 client.stop_stream()
-np.save(out, frames)
+np.save(out, np.concatenate(parts, axis=1))

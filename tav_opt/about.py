@@ -53,6 +53,7 @@ def _described(info: ClipInfo) -> Facts:
     found |= {"base": info.base, **({"additions": dict(info.additions)} if info.additions else {})}
     found |= {"base_hash": info.base_hash, "inversion_steps": info.inversion_steps}
     found |= {"inversion_iterations": info.inversion_iterations}
+    found |= {} if info.window is None else {"window": info.window}
     return found | ({"edited_with": dict(info.edit)} if info.edit else {})
 
 
@@ -96,7 +97,7 @@ def _memory(info: ClipInfo) -> Facts:
     kinds = {"float32": torch.float32, "float16": torch.float16}
     return {
         "memory_bytes": {
-            name: eager.estimate_editing(outline.of(base, dtype), info.frames, info.height, info.width)
+            name: eager.estimate_editing(outline.of(base, dtype), info.network_frames, info.height, info.width)
             for name, dtype in kinds.items()
         }
     }

@@ -314,6 +314,9 @@ class TrainConfig(OptimiserConfig):
     """DDIM steps of the inversion that is kept with the checkpoint."""
     inversion_iterations: Iterations = InversionConfig.iterations
     """How often each of these steps is refined; 0: the reference's step."""
+    window: Annotated[int, Within(2, 10_000)] | None = None
+    """Frames that the network takes at once; of a longer clip each step draws such a window, and edits go over windows
+    that overlap. Default: all frames of the clip."""
 
     @property
     def inversion(self) -> InversionConfig:
@@ -506,5 +509,11 @@ class WorkerConfig(Config):
     """Of that folder; 0: nothing is written."""
     decode_seconds: Annotated[float, Within(0.1, 3600)] = 30.0
     """How long a video of a request may take to decode."""
+    longest_source: Count = 1024
+    """Frames that a source in a clip's place may have."""
+    windows_at_once: Annotated[int, Within(1, 1024)] = 1
+    """Windows of a long clip in one call of the network; more take as many times its memory."""
+    response_mib: Annotated[int, Within(1, 1024)] = 256
+    """Frames in one response; those of a larger result come in several, as they are decoded."""
     log_prompts: bool = False
     """Write the prompts' text into the log."""

@@ -16,6 +16,7 @@ from tav_opt.config import (
     EDIT_DEFAULTS,
     FILLED_IN,
     PRESETS,
+    ClipConfig,
     EditConfig,
     EngineName,
     Fps,
@@ -143,6 +144,13 @@ STREAM_INPUTS = (
         optional=True,
     ),
     ServedTensor(
+        name="mask",
+        dtype="STRING",
+        shape=(1,),
+        doc="a video file of 1 frame, or of as many as the source: white where the picture may change",
+        optional=True,
+    ),
+    ServedTensor(
         name="preview_interval", dtype="INT32", shape=(1,), doc="a preview every so many steps; 0: none", optional=True
     ),
     ServedTensor(name="output", dtype="STRING", shape=(1,), doc="frames or mp4", optional=True),
@@ -160,7 +168,7 @@ STREAM_INPUTS = (
 """The names of settings are those of EditConfig, and so are the defaults of what is absent; the rest is Request's."""
 UNARY_INPUTS = tuple(tensor for tensor in STREAM_INPUTS if tensor.name != "preview_interval")
 STREAM_OUTPUTS = (
-    ServedTensor(name="stage", dtype="STRING", shape=(1,), doc="invert, sample or done"),
+    ServedTensor(name="stage", dtype="STRING", shape=(1,), doc="invert, sample, render or done"),
     ServedTensor(name="step", dtype="INT32", shape=(1,), doc="steps done in this stage"),
     ServedTensor(name="steps", dtype="INT32", shape=(1,), doc="steps of this stage"),
     ServedTensor(
@@ -169,7 +177,12 @@ STREAM_OUTPUTS = (
         shape=(-1, -1, -1, -1, 3),
         doc="(prompts, f, h, w, 3) RGB at the latents' size; black where a prompt's turn has not come",
     ),
-    ServedTensor(name="frames", dtype="UINT8", shape=(-1, -1, -1, -1, 3), doc="(prompts, f, H, W, 3) RGB"),
+    ServedTensor(
+        name="frames",
+        dtype="UINT8",
+        shape=(-1, -1, -1, -1, 3),
+        doc="(prompts, f, H, W, 3) RGB: all, or with the stage render the next ones",
+    ),
     ServedTensor(name="video", dtype="STRING", shape=(-1,), doc="an MP4 file of each prompt"),
     ServedTensor(name="fps", dtype="FP32", shape=(1,), doc="frames a second of the clip"),
     ServedTensor(
@@ -182,9 +195,10 @@ STREAM_OUTPUTS = (
     ServedTensor(name="request_id", dtype="STRING", shape=(1,), doc="the request's id, or the one that it was given"),
 )
 """Every response of the stream has `request_id` and the first three; `preview` comes with some steps; the last response
-has `fps`, `metadata`, and either `frames` or `video`. That of a failed edit has `error` in their place: a response like
-others, since errors that bear a gRPC status on a stream (the header `triton_grpc_error`) crash Triton 2.51 now and
-then."""
+has `fps`, `metadata`, and either `frames` or `video`. Frames beyond WorkerConfig.response_mib come before it: responses
+of the stage `render` have the next ones, `step` counts those that are there, the last one has none. That of a failed
+edit has `error` in their place: a response like others, since errors that bear a gRPC status on a stream (the header
+`triton_grpc_error`) crash Triton 2.51 now and then."""
 UNARY_OUTPUTS = tuple(
     tensor for tensor in STREAM_OUTPUTS if tensor.name in ("frames", "video", "fps", "metadata", "request_id")
 )
@@ -193,7 +207,7 @@ CLIPS_INPUTS = (
 )
 CLIPS_OUTPUTS = (
     ServedTensor(name="clip", dtype="STRING", shape=(-1,), doc="names of the clips that the others tell of"),
-    ServedTensor(name="frames", dtype="INT32", shape=(-1,), doc="how many frames a source must have"),
+    ServedTensor(name="frames", dtype="INT32", shape=(-1,), doc="of the clip; a source may have others"),
     ServedTensor(name="height", dtype="INT32", shape=(-1,), doc="of the frames"),
     ServedTensor(name="width", dtype="INT32", shape=(-1,), doc="of the frames"),
     ServedTensor(name="fps", dtype="FP32", shape=(-1,), doc="frames a second of the clip"),
@@ -222,14 +236,16 @@ FPS = get_args(Fps)[1]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What a client asks for: a clip and how to edit it, or in its place a video of its frames and size."""
+    """What a client asks for: a clip and how to edit it, or in its place a video of its size."""
 
     clip: str
     edit: EditConfig
     video: bytes | None = None
-    """A video file with the clip's number of frames, at its size."""
+    """A video file at the clip's size, with as many frames as its network takes at once, or more."""
     source_frames: np.ndarray | None = None
-    """uint8 (f, H, W, 3) RGB."""
+    """uint8 (f, H, W, 3) RGB, of the same kind."""
+    mask: bytes | None = None
+    """A video file of the source's size, of one frame or as many: white where the picture may change."""
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
@@ -248,7 +264,7 @@ class ServedClip:
     """What a client may know of an exported clip."""
 
     frames: int
-    """How many; a source in the clip's place must have as many."""
+    """How many; a source in the clip's place may have others, as many as the clip's network takes at once or more."""
     height: int
     """Of the frames, and of a source's."""
     width: int
@@ -280,12 +296,24 @@ class ClipInfo:
     inversion_iterations: int = InversionConfig.iterations
     additions: Mapping[str, Any] = field(default_factory=dict)
     """What was added to the image model, as config.Additions has it."""
+    window: int | None = None
+    """Frames that the network takes at once, where those are fewer than the clip has."""
+    source_height: int | None = None
+    """At which the source is shown, of which the frames were fitted; None where nobody kept that."""
+    source_width: int | None = None
+    fit: Literal["crop", "squash"] = ClipConfig.fit
+    """How they were: cropped or squashed."""
     version: int = VERSION
 
     @property
+    def network_frames(self) -> int:
+        """Frames that the network takes at once; a source has at least so many."""
+        return self.window or self.frames
+
+    @property
     def exported_base(self) -> str:
-        """The folder of the graphs that serve this clip, and every other one of its base and size."""
-        return f"{self.base_hash[:16]}-{self.frames}x{self.height}x{self.width}"
+        """The folder of the graphs that serve this clip, and every other one of its base, window and size."""
+        return f"{self.base_hash[:16]}-{self.network_frames}x{self.height}x{self.width}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -309,13 +337,17 @@ class ClipInfo:
             raise InputError(f"clip: its description is {type(value).__name__}, not a JSON object")
         if value.get("version") != VERSION:
             raise InputError(f"clip: version {value.get('version')!r} is not {VERSION}; export or tune it again")
-        value = {"edit": {}, "additions": {}, "inversion_iterations": 0} | value  # clips of before have none
+        # Clips of before have none of these.
+        value = {"edit": {}, "additions": {}, "inversion_iterations": 0, "window": None} | value
+        value = {"source_height": None, "source_width": None, "fit": ClipConfig.fit} | value
         if missing := [f.name for f in fields(cls) if f.name not in value]:
             raise InputError(f"clip: its description lacks {', '.join(missing)}")
         from tav_opt import schemas  # not for clients, who read no such file
 
         schemas.check(schemas.ClipDescription, value, "clip")
         _check_edit_defaults(value["edit"])
+        if value["window"] is not None and value["window"] >= value["frames"]:
+            raise InputError(f"clip: its window {value['window']} is not below its {value['frames']} frames")
         return cls(**{f.name: value[f.name] for f in fields(cls)})
 
     def edited(self, config: E, given: Collection[str] = (), preset: Preset = "exact") -> E:
@@ -341,6 +373,7 @@ def edit_metadata(
     prompts: Sequence[str],
     *,
     engine: EngineName,
+    masked: bool = False,
     with_prompts: bool = False,
 ) -> dict[str, Any]:
     """What a written edit of the clip so named says of itself: where it is from and how to make it again.
@@ -362,6 +395,7 @@ def edit_metadata(
         "inversion": config.inversion,
         "inversion_steps": info.inversion_of(config).steps,
         "inversion_iterations": info.inversion_of(config).iterations,
+        "masked": masked,
     }
     texts: dict[str, Any] = {"prompts": list(prompts), "negative_prompt": config.negative_prompt}
     if config.controlled:
@@ -398,6 +432,7 @@ def to_tensors(
     *,
     video: bytes | None = None,
     source_frames: np.ndarray | None = None,
+    mask: bytes | None = None,
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
     fps: float | None = Request.fps,
@@ -412,7 +447,7 @@ def to_tensors(
     """
     check_preset(preset, set(FILLED_IN) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
-    values |= {"source_frames": source_frames, "preview_interval": preview_interval or None}
+    values |= {"source_frames": source_frames, "mask": mask, "preview_interval": preview_interval or None}
     values |= {"fps": fps}
     # Servers of before do not know these inputs.
     values |= {"prompt_metadata": prompt_metadata or None, "preset": None if preset == "exact" else preset}
@@ -506,16 +541,16 @@ def _from_tensor(tensor: ServedTensor, array: np.ndarray) -> Any:
         free not in (-1, n) for free, n in zip(tensor.shape, array.shape, strict=True)
     ):
         raise InputError(f"input {tensor.name} has shape {list(array.shape)}, not {list(tensor.shape)}")
-    if tensor.name == "video":
-        return [_video(item) for item in array]
+    if tensor.name in ("video", "mask"):
+        return [_video(tensor.name, item) for item in array]
     if tensor.dtype == "STRING":
         return [_text(tensor.name, item) for item in array]
     return array if len(tensor.shape) > 1 else array.tolist()
 
 
-def _video(value: bytes) -> bytes:
+def _video(name: str, value: bytes) -> bytes:
     if len(value) > MAX_VIDEO_BYTES:
-        raise InputError(f"input video has {len(value)} bytes, {MAX_VIDEO_BYTES} at most")
+        raise InputError(f"input {name} has {len(value)} bytes, {MAX_VIDEO_BYTES} at most")
     return value
 
 

@@ -77,6 +77,8 @@ Solver = Callable[[Known, float], Tensor]
 """What is known, ᾱ at the step's clean end → the latents there; one that looks back serves a single run."""
 MAX_TIMESTEPS = 100_000
 """Of a diffusion process, a hundred times those of Stable Diffusion."""
+Blend = Callable[[Tensor, float], Tensor]
+"""Latents that a step led to, ᾱ there → those that sampling goes on from in their place."""
 OnStep = Callable[[Step], object]
 """Told of every step; what it raises, such as Stopped, goes through."""
 
@@ -298,6 +300,7 @@ def sample(
     solver: Solver | None = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
+    blend: Blend | None = None,
     on_step: OnStep = lambda _: None,
 ) -> Tensor:
     """DDIM sampling from `latents`, guided where `unconditional` text is given (one call with both batches).
@@ -305,7 +308,8 @@ def sample(
     latents (b,c,f,h,w), text and unconditional as `predict` takes them → (b,c,f,h,w). `guidance_interval` is that of
     `Guided`; a `solver` takes the place of DDIM's own step, and of `eta`. The noise of `eta` is one draw for all of the
     batch, so that each sample is what it would be alone; it is drawn on the processor, the same for every device, and
-    is the only thing that a step copies there. Raises InputError for texts of two kinds.
+    is the only thing that a step copies there. What a `blend` is given after the last step counts as clean, ᾱ = 1.
+    Raises InputError for texts of two kinds.
     """
     if unconditional is not None and guidance_scale != 1.0:
         predict = Guided(predict, unconditional, guidance_scale, guidance_interval, steps)
@@ -320,5 +324,7 @@ def sample(
             latents = stochastically_noised(clean, noise, fresh, alpha, after, eta)
         else:
             latents = noised(clean, noise, after)
+        if blend is not None:
+            latents, clean = blend(latents, after if number < steps else 1.0), blend(clean, 1.0)
         on_step(Step("sample", number, steps, latents, clean))
     return latents

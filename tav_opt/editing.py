@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tav_opt import ddim, inversion
+from tav_opt import blending, ddim, inversion
 from tav_opt.conditions import token_map
 from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
-from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, SolverName, check_numbers, check_text
+from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, PathLike, SolverName, check_numbers, check_text
 from tav_opt.solvers import solver
+from tav_opt.video import masks
+from tav_opt.windows import windowed
 
 if TYPE_CHECKING:
     from tav_opt.engines import Engine
@@ -66,36 +68,64 @@ def _check_control(config: EditConfig) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """How an edit calls the network, whose frames may be fewer than the edit's."""
+
+    windows_at_once: int = 1
+    """Windows of a long clip in one call."""
+    on_call: Callable[[], object] = lambda: None
+    """Called before each; what it raises goes through."""
+
+    def predict(self, engine: Engine) -> ddim.Predict:
+        """The engine's `predict` for latents (b, c, f, h, w) of as many frames as it takes, or more."""
+
+        def asked(latents: Tensor, timestep: ddim.Timestep, text: Tensor) -> Tensor:
+            self.on_call()
+            return engine.predict(latents, timestep, text)
+
+        return windowed(asked, engine.info.network_frames, at_once=self.windows_at_once)
+
+
 def start_latents(
     engine: Engine,
     config: EditConfig,
-    frames: np.ndarray | None = None,
+    source: Tensor | None = None,
     on_step: ddim.OnStep = lambda _: None,
     *,
-    on_call: Callable[[], object] = lambda: None,
+    calls: Calls = Calls(),
 ) -> Tensor:
     """The latents (1, c, f, h, w) that sampling starts from; with direct inversion the last of (steps + 1, …).
 
-    The clip's own inverted latents where its inversion is the one asked for; inverted anew for another or for `frames`
-    uint8 (f, H, W, 3); seeded noise without inversion. `on_call` is called before each call of the network.
+    The clip's own inverted latents where its inversion is the one asked for; inverted anew for another or for another
+    `source` (1, c, f, h, w); seeded noise without inversion. Raises InputError for fewer frames than the network takes.
     """
     if not config.inversion:
-        noise = torch.randn(engine.source_latents.shape, generator=torch.Generator().manual_seed(config.seed))
-        return noise.to(engine.source_latents)
+        like = engine.source_latents if source is None else source
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(config.seed)).to(like)
     asked = engine.info.inversion_of(config)
-    if frames is None and asked.key == engine.info.inversion.key:
+    if source is None and asked.key == engine.info.inversion.key:
         return engine.inverted_latents
-    trajectory = [engine.source_latents if frames is None else engine.encode_video(frames)]
+    trajectory = [engine.source_latents if source is None else source]
 
     def led(step: ddim.Step) -> None:
         if asked.trajectory:
             trajectory.append(step.latents)
         on_step(step)
 
-    found = inversion.invert(
-        engine.predict, trajectory[0], engine.encode_text([""]), engine.schedule, asked, on_step=led, on_call=on_call
-    )
+    empty = engine.encode_text([""])
+    found = inversion.invert(calls.predict(engine), trajectory[0], empty, engine.schedule, asked, on_step=led)
     return torch.cat(trajectory) if asked.trajectory else found
+
+
+def blend(engine: Engine, config: EditConfig, mask: np.ndarray, source: Tensor, start: Tensor) -> blending.Blend:
+    """What keeps a source outside a mask bool (1 or f, H, W), while sampling goes on from `start`.
+
+    `source` is (1, c, f, h, w), `start` of `start_latents`. Raises InputError for a mask of another size, or without
+    white.
+    """
+    alpha = engine.schedule.alpha(engine.schedule.timesteps(config.steps)[0])
+    return blending.Blend.of(mask, source, start[-1:], alpha)
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
@@ -123,7 +153,9 @@ def _source_prompt(engine: Engine, config: EditConfig) -> str:
     return engine.info.prompt if config.source_prompt is None else config.source_prompt
 
 
-def _beside(engine: Engine, config: EditConfig, prompt: str, source_text: Tensor, start: Tensor) -> Beside:
+def _beside(
+    engine: Engine, predict: ddim.Predict, config: EditConfig, prompt: str, source_text: Tensor, start: Tensor
+) -> Beside:
     """The network with the source beside the edit of one prompt; source_text (1, tokens, width)."""
     tokens, filled = source_text.shape[1], config.filled()
     known, edit = (Prompt.of(engine.tokenizer, text, tokens) for text in (_source_prompt(engine, config), prompt))
@@ -138,7 +170,7 @@ def _beside(engine: Engine, config: EditConfig, prompt: str, source_text: Tensor
     source = Kept(start) if filled.direct_inversion else Sampled(start, engine.schedule, config.steps)
     shares = {"replace_cross": filled.replace_cross or 0.0, "replace_self": filled.replace_self or 0.0}
     blend: Blend | None = "words" if config.blend_words else "changes" if config.blends else None
-    return Beside(engine.predict, source, words, engine.schedule, config.steps, blend=blend, **shares)
+    return Beside(predict, source, words, engine.schedule, config.steps, blend=blend, **shares)
 
 
 def sample(
@@ -148,19 +180,22 @@ def sample(
     start: Tensor,
     *,
     at_once: int = 1,
+    blend: ddim.Blend | None = None,
+    calls: Calls = Calls(),
     on_step: ddim.OnStep = lambda _: None,
 ) -> Iterator[Tensor]:
     """The sampled latents (b, c, f, h, w) of the prompts, `at_once` of them in one batch, batch after batch.
 
-    `text` is of `encode_prompts`, `start` of `start_latents`. The steps that `on_step` is told of are counted over all
-    batches. Where attention is controlled, a batch has one prompt, and its source.
+    `text` is of `encode_prompts`, `start` of `start_latents`, `blend` of the function of that name. The steps that
+    `on_step` is told of are counted over all batches. Where attention is controlled, a batch has one prompt, and its
+    source.
     """
     batches = text[1 : 1 + len(config.prompts)].split(1 if config.controlled else at_once)
     total = config.steps * len(batches)
     for number, batch in enumerate(batches):
-        predict, step = engine.predict, solver(config.solver, config.steps)
+        predict, step = calls.predict(engine), solver(config.solver, config.steps)
         if config.controlled:
-            beside = _beside(engine, config, config.prompts[number], text[-1:], start)
+            beside = _beside(engine, predict, config, config.prompts[number], text[-1:], start)
             predict, step = beside, beside.solver(step) if config.blends else step
         yield ddim.sample(
             predict,
@@ -174,6 +209,7 @@ def sample(
             solver=step,
             eta=config.eta,
             generator=torch.Generator().manual_seed(config.seed),
+            blend=blend,
             on_step=_counted(on_step, number * config.steps, total),
         )
 
@@ -188,21 +224,32 @@ def edit(
     edit: EditConfig | str | Iterable[str],
     *,
     frames: np.ndarray | None = None,
+    mask: np.ndarray | PathLike | None = None,
+    windows_at_once: int = 1,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
     """Edits the engine's clip, or `frames` uint8 (f, H, W, 3) in its place → uint8 (prompts, f, H, W, 3) RGB.
 
-    Prompts alone stand for EditConfig(prompts=…). One prompt after the other: memory stays that of one guided edit.
-    Raises InputError for impossible settings; what `on_progress` raises, such as ddim.Stopped, ends the edit.
+    Prompts alone stand for EditConfig(prompts=…). One prompt after the other: memory stays that of one guided edit, and
+    of a clip longer than the network takes that of so many windows at once. A `mask`, bool (1 or f, H, W) or a file as
+    `video.masks.of_edit` reads it, is true where the picture may change. Raises InputError for impossible settings;
+    what `on_progress` raises, such as ddim.Stopped, ends the edit.
     """
     config = edit if isinstance(edit, EditConfig) else engine.info.edited(EditConfig.of(edit))
     check(config)
+    info, calls = engine.info, Calls(windows_at_once=windows_at_once)
+    if mask is not None and not isinstance(mask, np.ndarray):
+        count = info.frames if frames is None else len(frames)
+        mask = masks.of_edit(mask, engine.source, count, info.height, info.width)
     text = encode_prompts(engine, config)
 
     def told(step: ddim.Step) -> None:
         if on_progress is not None:
             on_progress(step.stage, step.number, step.total)
 
-    start = start_latents(engine, config, frames, told)
-    sampled = sample(engine, config, text, start, on_step=told)
+    source = None if frames is None else engine.encode_video(frames)
+    start = start_latents(engine, config, source, told, calls=calls)
+    source = engine.source_latents if source is None else source
+    kept = None if mask is None else blend(engine, config, mask, source, start)
+    sampled = sample(engine, config, text, start, blend=kept, calls=calls, on_step=told)
     return np.concatenate([engine.decode(latents) for latents in sampled])

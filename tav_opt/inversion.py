@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tav_opt import ddim
 from tav_opt.config import InputError, InversionConfig
-from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text, Timestep
+from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text
 
 ENOUGH = 2e-3
 """An answer of the network that changes the latents by less, relative to them, ends a step's iterations."""
@@ -30,24 +30,17 @@ def invert(
     config: InversionConfig,
     *,
     on_step: OnStep = lambda _: None,
-    on_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The noise (b,c,f,h,w) that unguided DDIM sampling would turn into `latents` (b,c,f,h,w).
 
     Without iterations it is `ddim.invert`, bit for bit. With them the network is asked at the noisy end of each step,
     whose prediction is first taken to go on as in the two steps before, and then up to `config.iterations` more times,
-    as long as its answers change the latents by ENOUGH. `on_call` is called before each call of the network; what it
-    raises goes through. Raises InputError for a step that has no inverse, FloatingPointError where the network answers
-    with NaN or infinity.
+    as long as its answers change the latents by ENOUGH. Raises InputError for a step that has no inverse,
+    FloatingPointError where the network answers with NaN or infinity.
     """
-
-    def asked(latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
-        on_call()
-        return predict(latents, timestep, text)
-
     if not config.iterations:
-        return _finite(ddim.invert(asked, latents, text, schedule, config.steps, on_step=on_step))
-    return _each_refined(asked, latents, text, schedule, config, on_step)
+        return _finite(ddim.invert(predict, latents, text, schedule, config.steps, on_step=on_step))
+    return _each_refined(predict, latents, text, schedule, config, on_step)
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -193,8 +193,8 @@ def encode_video(
     the size is not a multiple of the VAE's factor.
     """
     check_size(frames.shape[1], frames.shape[2], sd.vae_factor)
-    pixels = to_unit(frames).to(sd.vae.device, sd.vae.dtype)
-    posteriors = [sd.vae.encode(part).latent_dist for part in pixels.split(batch)]
+    parts = [to_unit(frames[first : first + batch]) for first in range(0, len(frames), batch)]
+    posteriors = [sd.vae.encode(part.to(sd.vae.device, sd.vae.dtype)).latent_dist for part in parts]
     latents = torch.cat([p.mean if generator is None else p.sample(generator) for p in posteriors])
     return (latents * sd.vae.config.scaling_factor).transpose(0, 1)[None]  # f c h w → 1 c f h w
 

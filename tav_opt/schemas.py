@@ -50,6 +50,9 @@ class _Additions(BaseModel):
     vae: Place | None = None
 
 
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
+
+
 class ClipDescription(Manifest):
     """Of a checkpoint, and of an exported clip."""
 
@@ -63,6 +66,11 @@ class ClipDescription(Manifest):
     fps: Annotated[float, Field(ge=0.001, le=1000)]
     inversion_steps: Annotated[int, Field(ge=1, le=1000)]
     inversion_iterations: Annotated[int, Field(ge=0, le=100)] = 0
+    window: Annotated[int, Field(ge=2)] | None = None
+    source_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
+    fit: Literal["crop", "squash"] = "crop"
     settings: dict[str, Any] = {}
 
 

@@ -33,6 +33,7 @@ from tav_opt.models import StableDiffusion
 from tav_opt.tuning_step import Training, begin, seeded_draw, train_step
 from tav_opt.unet import clip_value_names
 from tav_opt.video import Clip, contact_sheet
+from tav_opt.video.restoring import Shape
 
 Stage = Literal["tune", "invert"]
 OnStep = Callable[[Stage, int, int, float], object]
@@ -77,11 +78,12 @@ def tune(
     with tuning_loop.running(out):
         sd = loaded() if loaded is not None else load(model, config, device=device, dtype=dtype)
         frames, height, width, _ = clip.frames.shape
+        config = _of_clip(config, frames)
         models.check_size(height, width, sd.vae_factor)
         sd.schedule.timesteps(config.inversion_steps)  # too many are refused now, not after tuning
         if config.gradient_checkpointing is None:  # a stopped run goes on as it began, whatever is free now
             config = replace(config, gradient_checkpointing=tuning_state.settings(out).get("gradient_checkpointing"))
-        config = eager.fit_tuning(sd, config, frames, height, width)
+        config = eager.fit_tuning(sd, config, config.window or frames, height, width)
         settings = _settings(sd, clip, prompt, config)
         training = begin(sd.unet, config)
         finished = tuning_loop.resume(training, out, settings, config, _finished_steps(out))
@@ -109,6 +111,13 @@ def load(
         return models.load(model, dtype=dtype_on(place, dtype), device=place)
 
 
+def _of_clip(config: TrainConfig, frames: int) -> TrainConfig:
+    """A window of all frames is none; raises InputError for a longer one."""
+    if config.window is not None and config.window > frames:
+        raise InputError(f"window {config.window}: the clip has {frames} frames")
+    return replace(config, window=None) if config.window == frames else config
+
+
 def check_out(out: Path) -> None:
     """Raises InputError where no run can write: a place without rights, or a finished run that cannot go on."""
     check_place(out / tuning_state.STATE)
@@ -130,6 +139,8 @@ def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig)
     passing = {*tuning_loop.PASSING}
     if not config.inversion_iterations:
         passing.add("inversion_iterations")  # of which states of before say nothing
+    if config.window is None:
+        passing.add("window")  # nor of it
     return {
         "base": sd.base.hash,
         "clip": hashlib.sha256(clip.frames.tobytes()).hexdigest(),
@@ -164,8 +175,14 @@ def _info(
         fps=clip.fps,
         inversion_steps=settings["inversion_steps"],
         inversion_iterations=settings.get("inversion_iterations", 0),
+        window=settings.get("window"),
+        **({} if clip.shape is None else _of_shape(clip.shape)),
         edit=edit,
     )
+
+
+def _of_shape(shape: Shape) -> dict[str, Any]:
+    return {"source_height": shape.height, "source_width": shape.width, "fit": shape.fit}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +213,7 @@ class _Run:
         """The remaining steps."""
         config, schedule, unet = self.config, self.engine.schedule, self.engine.sd.unet
         latents = self.engine.source_latents
-        draw = seeded_draw(config.seed, latents, schedule)
+        draw = seeded_draw(config.seed, latents[:, :, : config.window], schedule)
         tuning_loop.train(
             training,
             config,
@@ -246,6 +263,11 @@ class _Run:
         """The engine with the clip's inversion by the UNet as it is, under the empty prompt."""
         engine = self.engine
         latents = inversion.invert(
-            engine.predict, engine.source_latents, self.empty, engine.schedule, self.config.inversion, on_step=on_step
+            editing.Calls().predict(engine),
+            engine.source_latents,
+            self.empty,
+            engine.schedule,
+            self.config.inversion,
+            on_step=on_step,
         )
         return replace(engine, inverted_latents=latents)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tav_opt.config import InputError, OptimiserConfig, TrainConfig
 from tav_opt.ddim import Schedule
 from tav_opt.unet import VideoUNet, trained_names
+from tav_opt.windows import cut
 
 Frozen: TypeAlias = VideoUNet | UNet2DConditionModel
 """A UNet of whose weights some train."""
@@ -103,11 +104,16 @@ def train_step(
 ) -> float:
     """One optimiser step over `config.accumulation` draws of noise → their mean loss, also added to `training.losses`.
 
-    latents (b,c,f,h,w), text (b,tokens,width). Raises InputError when the loss is no number.
+    latents (b,c,f,h,w), text (b,tokens,width); with `config.window` of each draw another window of the latents. Raises
+    InputError when the loss is no number.
     """
 
     def loss(micro: int) -> Tensor:
-        return denoising_loss(unet, latents, text, schedule, *draw(training.step, micro))
+        shown = latents
+        if config.window is not None:
+            begin = window_begin(config.seed, training.step, micro, latents.shape[2] - config.window)
+            shown = cut(latents, begin, config.window)
+        return denoising_loss(unet, shown, text, schedule, *draw(training.step, micro))
 
     return optimise(training, config, loss)
 
@@ -155,12 +161,21 @@ def denoising_loss(
     return F.mse_loss(unet(a * latents + s * noise, timesteps, text).float(), target)
 
 
+def window_begin(seed: int, step: int, micro: int, last: int) -> int:
+    """Where a draw's window begins, 0…last, each as likely: from (seed, step, micro-step) alone."""
+    return int(torch.randint(last + 1, (), generator=_generator(f"window {seed} {step} {micro}")))
+
+
+def _generator(told: str) -> torch.Generator:
+    digest = hashlib.sha256(told.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 def seeded_draw(seed: int, latents: Tensor, schedule: Schedule) -> Draw:
     """Noise and timesteps from (seed, step, micro-step) alone, the same on every device."""
 
     def draw(step: int, micro: int) -> tuple[Tensor, Tensor]:
-        digest = hashlib.sha256(f"{seed} {step} {micro}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        generator = _generator(f"{seed} {step} {micro}")
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(len(schedule.alphas_cumprod), (latents.shape[0],), generator=generator)
         return noise.to(latents.device), timesteps.to(latents.device)

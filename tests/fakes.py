@@ -30,7 +30,7 @@ class FakeEngine:
     revision = "r1"
     kind = "onnxruntime"
     frames_at_once = 4
-    sound = None
+    sound = source = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -41,7 +41,7 @@ class FakeEngine:
 
     def encode_video(self, frames):
         self.encoded.append(frames)
-        return torch.full_like(self.source_latents, float(frames.mean()))
+        return torch.full((1, 4, len(frames), 2, 2), float(frames.mean()))
 
     def predict(self, latents, timestep, text):
         self.batches.append(latents.shape[0])
@@ -51,8 +51,8 @@ class FakeEngine:
         on_part()
         return np.zeros((latents.shape[0], latents.shape[2], 8, 8, 3), np.uint8)
 
-    def extra_bytes(self, prompts, *, encode=False, told=("text",)):
-        return prompts * GIB
+    def extra_bytes(self, prompts, *, encode=False, windows=1, told=("text",)):
+        return prompts * windows * GIB
 
 
 def frames_like(engine, seed: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def editor(engine, **changes) -> Editor:
     given = {
         "clips": lambda _name: engine,
         "inversions": Inversions(memory_limit=GIB),
-        "decode": lambda data, info, go_on: decoding.frames_of(data, info.frames, info.height, info.width),
+        "decode": lambda data, wanted, go_on: decoding.frames_of(data, wanted),
         "memory": Memory(lambda: 100 * GIB),
     }
     return Editor(**given | changes)

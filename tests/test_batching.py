@@ -83,7 +83,7 @@ def test_edits_of_one_clip_share_calls_and_get_what_they_would_get_alone(other):
     engine.hold = lambda: until(lambda: waiting(ours) == 1)
     with ThreadPoolExecutor(2) as pool:
         first = run(pool, ours)
-        until(lambda: ours.batches._groups)
+        until(lambda: any(group._members for group in ours.batches._groups.values()))
         second = run(pool, ours, other)
     for config, found in ((SHORT, first.result()), (other, second.result())):
         np.testing.assert_array_equal(frames(found), frames(answered(editor(Rows()), to_tensors("toy", config))))
@@ -140,7 +140,7 @@ def test_what_fails_for_one_does_not_fail_the_others():
     engine.hold = lambda: until(lambda: waiting(ours) == 1)
     with ThreadPoolExecutor(2) as pool:
         good = run(pool, ours)
-        until(lambda: ours.batches._groups)
+        until(lambda: any(group._members for group in ours.batches._groups.values()))
         bad = run(pool, ours, replace(SHORT, prompts=("x" * 60,)))
     with pytest.raises(RuntimeError, match="a text is too much"):
         bad.result()
@@ -177,7 +177,7 @@ def test_joined_edits_promise_the_memory_that_they_take_together(tmp_path):
 def test_an_edit_of_a_larger_batch_promises_what_it_adds_to_it(tmp_path):
     """Where the first prompt costs more than the next ones do, an edit alone must still fit when the others end."""
     engine = Rows()
-    engine.extra_bytes = lambda prompts, *, encode=False, told=("text",): (4 + prompts) * GIB  # type: ignore[method-assign]
+    engine.extra_bytes = lambda prompts, **_: (4 + prompts) * GIB  # type: ignore[method-assign]
     memory = Memory(lambda: 11 * GIB, tmp_path, "0")
     ours, seen = editor(engine, memory=memory), []
     let = threading.Event()

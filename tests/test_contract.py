@@ -64,6 +64,7 @@ def test_sources_previews_and_output_survive_the_wire():
     assert np.array_equal(request.source_frames, frames)
     assert (request.preview_interval, request.output, request.video) == (3, "mp4", None)
     assert from_tensors(to_tensors("toy", config, video=b"\xff\x00")).video == b"\xff\x00"
+    assert from_tensors(to_tensors("toy", config, mask=b"\xff\x00")).mask == b"\xff\x00"
 
 
 def test_every_setting_of_a_request_is_served():
@@ -104,6 +105,7 @@ def text(*items: bytes) -> np.ndarray:
         ({"output": text(b"gif")}, "output 'gif' is not frames or mp4"),
         ({"preview_interval": np.array([-1], np.int32)}, "preview_interval -1"),
         ({"video": text(b"a" * (MAX_VIDEO_BYTES + 1))}, "video has 67108865 bytes"),
+        ({"mask": text(b"a" * (MAX_VIDEO_BYTES + 1))}, "mask has 67108865 bytes"),
         (
             {"source_frames": np.zeros((2, 4, 3), np.uint8)},
             r"source_frames has shape \[2, 4, 3\], not \[-1, -1, -1, 3\]",

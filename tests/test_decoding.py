@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 
 from tav_opt import ddim
 from tav_opt.config import InputError
-from tav_opt.contract import ClipInfo
 from tav_opt.serving import decoding
+from tav_opt.serving.decoding import Wanted
 
-INFO = ClipInfo(base="", base_hash="0" * 64, prompt="", frames=4, height=64, width=64, fps=8, inversion_steps=4)
+WANTED = Wanted(least=4, most=4, height=64, width=64)
 
 
 def decoded(data: bytes, **changes) -> np.ndarray:
-    return decoding.decode(data, replace(INFO, **changes), seconds=60)
+    return decoding.decode(data, replace(WANTED, **changes), seconds=60)
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 64), (2, 16, 24), (1, 8, 8)])
 def test_a_video_is_decoded_apart_to_the_frames_it_has(shape):
     frames = pictures(*shape)
-    found = decoded(lossless(frames), frames=shape[0], height=shape[1], width=shape[2])
+    found = decoded(lossless(frames), least=shape[0], most=shape[0], height=shape[1], width=shape[2])
     np.testing.assert_array_equal(found, frames)
 
 
@@ -51,6 +51,16 @@ def test_other_videos_are_refused_naming_the_clips_size(data, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("count", [2, 5, 6])
+def test_a_range_of_numbers_may_be_wanted(count):
+    frames = pictures(count, 64, 64)
+    if count in range(3, 6):
+        np.testing.assert_array_equal(decoded(lossless(frames), least=3, most=5), frames)
+        return
+    with pytest.raises(InputError, match=r"(2|over 5) frames.*; the clip takes 3 to 5 frames of 64×64"):
+        decoded(lossless(frames), least=3, most=5)
+
+
 def test_a_decoder_that_crashes_or_hangs_is_only_a_refusal(monkeypatch, tmp_path):
     for body, words in (("kill -SEGV $$", "cannot be decoded"), ("sleep 60", r"longer than 0\.3 s")):
         program = tmp_path / "python-that-fails"
@@ -58,7 +68,7 @@ def test_a_decoder_that_crashes_or_hangs_is_only_a_refusal(monkeypatch, tmp_path
         program.chmod(0o755)
         monkeypatch.setattr(decoding, "_python", lambda: str(tmp_path / "python-that-fails"))
         with pytest.raises(InputError, match=words):
-            decoding.decode(b"x" * 1_000_000, INFO, seconds=0.3)
+            decoding.decode(b"x" * 1_000_000, WANTED, seconds=0.3)
 
 
 def test_decoding_stops_when_the_client_leaves(monkeypatch, tmp_path):
@@ -67,13 +77,13 @@ def test_decoding_stops_when_the_client_leaves(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setattr(decoding, "_python", lambda: str(program))
     with pytest.raises(ddim.Stopped):
-        decoding.decode(b"x", INFO, seconds=60, keep_waiting=Stop(2, ddim.Stopped()))
+        decoding.decode(b"x", WANTED, seconds=60, keep_waiting=Stop(2, ddim.Stopped()))
 
 
 def attempt(data: bytes) -> None:
     """Either the clip's frames or a refusal in one line: nothing else may come out of a hostile file."""
     try:
-        found = decoding.frames_of(data, 4, 64, 64)
+        found = decoding.frames_of(data, WANTED)
     except InputError as error:
         assert "\n" not in str(error)
     else:

@@ -47,6 +47,7 @@ SUBSTITUTED = {
     "--steps 200": "--steps 1",
     "--steps 500": "--steps 3",
     "--preview-every 100": "--preview-every 1",
+    "--frames 96 --window 24": "--frames 7 --window 4",
     "tav-opt tune": "tav-opt tune --frames 4 --height 64 --width 64 --steps 2 --inversion-steps 4",
     "TrainConfig(steps=500)": "TrainConfig(steps=1, inversion_steps=2)",
     'prompts=("a panda is skiing",))': 'prompts=("a panda is skiing",), steps=2)',
@@ -325,6 +326,26 @@ def edited_from_a_refined_inversion(world: World) -> None:
     assert frames_of(world.folder / "refined.mp4") == (FRAMES, SIDE, SIDE, 3)
 
 
+def edited_over_windows(world: World) -> None:
+    world.shell(BLOCKS["long-clips.md: Long clips, sh 1"])
+    assert frames_of(world.folder / "long.mp4") == (7, SIDE, SIDE, 3)
+
+
+def edited_inside_a_mask(world: World) -> None:
+    picture = np.zeros((96, 64, 3), np.uint8)
+    picture[:, :32] = 255
+    video.write_png(world.folder / "mask.png", picture)
+    world.shell(BLOCKS["long-clips.md: Masks, sh 1"])
+    for name in ("masked.mp4", "served.mp4"):
+        assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
+        assert video.settings_of(world.folder / name)["masked"] is True
+
+
+def edited_at_the_sources_size(world: World) -> None:
+    world.shell(BLOCKS["long-clips.md: The source's size, sh 1"])
+    assert frames_of(world.folder / "as-large.mp4") == (FRAMES, 96, 64, 3)
+
+
 def edited_at_another_speed(world: World) -> None:
     world.shell(BLOCKS["sound.md: Sound and speed, sh 1"])
     assert video.read(world.folder / "slow.mp4").fps == 4
@@ -450,6 +471,9 @@ CHECKS = {
     "migration.md: Your checkpoints, sh 1": nothing("migration.md: Your checkpoints, sh 1"),
     "python.md: Python, python 1": edited("python.md: Python, python 1", "frames"),
     "inversion.md: Inversion that comes back, sh 1": edited_from_a_refined_inversion,
+    "long-clips.md: Long clips, sh 1": edited_over_windows,
+    "long-clips.md: Masks, sh 1": edited_inside_a_mask,
+    "long-clips.md: The source's size, sh 1": edited_at_the_sources_size,
     "bases.md: Bases of your own, sh 1": of_ones_own,
     "bases.md: Bases of your own, python 1": edited("bases.md: Bases of your own, python 1", "frames"),
     "bases.md: A subject of your own, sh 1": personalised,

@@ -102,6 +102,13 @@ def lying_strings(tensor: ServedTensor) -> Iterator[tuple[str, Raw]]:
     yield "half a length", Raw("BYTES", (1,), b"\1\0")
 
 
+BAD_MASKS = [
+    lossless(np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)),  # nothing may change
+    lossless(np.full((FRAMES - 1, SIDE, SIDE, 3), 255, np.uint8)),
+    lossless(np.full((FRAMES, SIDE, SIDE // 2, 3), 255, np.uint8)),
+    lossless(np.full((FRAMES, SIDE, SIDE, 3), 255, np.uint8))[:-300],
+]
+
 BAD_VALUES: dict[str, list[object]] = {
     "clip": [b"", b"../first", b"/etc/passwd", b"first\0", b"FIRST", b"\xff\xfe", b"x" * 5000, b"%s%n", b"."],
     "prompt": [b"", b" \t\n", b"\xff", b"\xc3", b"a" * 5000, b"skiing " * 100, "skiing\u0000 ".encode() * 99],
@@ -126,6 +133,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "output": [b"", b"gif", b"MP4", b"\xff", b"frames\0", b"f" * 5000],
     "fps": [np.nan, np.inf, -np.inf, -1, 0, 1001],
     "video": [b"", b"\0", b"nonsense", b"\xff" * 10_000, b"<svg/>", b"#EXTM3U\nfile:///etc/passwd\n"],
+    "mask": [b"", b"\0", b"nonsense", b"\xff" * 10_000, b"<svg/>", b"#EXTM3U\nfile:///etc/passwd\n", *BAD_MASKS],
     "inversion": [],  # every byte is read as true or false
     "prompt_metadata": [],
     "source_frames": [],  # every byte is a colour

@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 
-from tav_opt.contract import ClipInfo
 from tav_opt.serving import decoding
 from tav_opt.video import decode, read
 
@@ -139,10 +138,8 @@ def test_the_largest_frames_fit_the_decoders_process():
             np.frombuffer(plane, "<u2")[:] = 512
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    info = ClipInfo(
-        base="", base_hash="0" * 64, prompt="", frames=1, height=height, width=width, fps=8, inversion_steps=4
-    )
-    found = decoding.decode(file.getvalue(), info, seconds=30)
+    wanted = decoding.Wanted(least=1, most=1, height=height, width=width)
+    found = decoding.decode(file.getvalue(), wanted, seconds=30)
     assert found.shape == (1, height, width, 3) and np.ptp(found) <= 2
 
 

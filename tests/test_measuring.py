@@ -20,8 +20,8 @@ from tav_opt.config import ClipConfig, InputError, MetricsConfig
 from tav_opt.metrics import clip_encoder, clip_scores
 from tav_opt.metrics.clip_encoder import DEMO, DEMO_NAME, ClipEncoder
 from tav_opt.metrics.embeddings import image_embeddings
-from tav_opt.metrics.masks import fitted_mask, read_mask
 from tav_opt.metrics.structure_distance import Vit
+from tav_opt.video.masks import fitted_mask, read_mask
 
 RANDOM = np.random.default_rng(2)
 FRAMES = RANDOM.integers(0, 256, (5, 48, 64, 3), dtype=np.uint8)

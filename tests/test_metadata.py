@@ -64,6 +64,7 @@ KEYS = [
     "inversion",
     "inversion_steps",
     "inversion_iterations",
+    "masked",
 ]
 
 

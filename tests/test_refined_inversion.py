@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,15 +91,21 @@ def test_nothing_stays_nothing():
     assert torch.equal(found, torch.zeros_like(START))
 
 
+def engine_of(predict):
+    return SimpleNamespace(predict=predict, info=SimpleNamespace(network_frames=START.shape[2]))
+
+
 @pytest.mark.parametrize("iterations", [0, 5])
 def test_it_can_be_stopped_before_every_call(iterations):
     config = replace(REFINED, iterations=iterations)
-    predict, told = Counted(smooth), []
-    inversion.invert(predict, START, TEXT, ddim.Schedule.from_config(SD), config, on_call=lambda: told.append(1))
+    predict, told, schedule = Counted(smooth), [], ddim.Schedule.from_config(SD)
+    asked = editing.Calls(on_call=lambda: told.append(1)).predict(engine_of(predict))
+    inversion.invert(asked, START, TEXT, schedule, config)
     assert len(told) == predict.calls
     predict = Counted(smooth)
     with pytest.raises(ddim.Stopped):
-        inversion.invert(predict, START, TEXT, ddim.Schedule.from_config(SD), config, on_call=Stop(3, ddim.Stopped()))
+        asked = editing.Calls(on_call=Stop(3, ddim.Stopped())).predict(engine_of(predict))
+        inversion.invert(asked, START, TEXT, schedule, config)
     assert predict.calls == 3
 
 

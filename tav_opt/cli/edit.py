@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
@@ -23,7 +24,11 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, Preset, check_preset
+from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, InputError, Preset, Within, check_preset
+
+if TYPE_CHECKING:
+    from tav_opt.contract import ClipInfo
+    from tav_opt.video.restoring import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,15 @@ class Edit(EditConfig):
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
+    mask: Path | None = None
+    """White where the picture may change; the rest stays. An image, or a video or folder of images, whose frames are
+    chosen and fitted as the clip's were."""
+    windows_at_once: Annotated[int, Within(1, 1024)] = 1
+    """Windows of a clip longer than its network takes in one call; more take as many times the memory."""
     out: Path = Path("edit.mp4")
     """MP4 or GIF file, or a folder for PNGs; several prompts are numbered."""
+    size: Literal["clip", "source"] = "clip"
+    """That of the clip's frames, or that at which its source is shown, with black where it was cropped."""
     fps: Fps | None = None
     """Frames a second; default: those at which the clip moves as its source did, with its sound. Others go without."""
     side_by_side: bool = False
@@ -64,6 +76,8 @@ def run(arguments: Sequence[str]) -> None:
     check_preset(args.preset, given)
     clip = ClipFolder.at(args.checkpoint)
     check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
+    if args.mask is not None and not args.mask.exists():
+        raise InputError(f"mask {args.mask} does not exist")
     import torch
 
     from tav_opt import editing
@@ -71,11 +85,13 @@ def run(arguments: Sequence[str]) -> None:
     from tav_opt.device import told
     from tav_opt.engines.registry import load
     from tav_opt.video import contact_sheet
+    from tav_opt.video.restoring import restored
 
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
     dtype = getattr(torch, args.dtype, None)
     engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=moved(args.base, args.additions))
+    shape = _shape(engine.info) if args.size == "source" else None
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
     args = engine.info.edited(args, given, args.preset)
@@ -85,10 +101,16 @@ def run(arguments: Sequence[str]) -> None:
     if "seed" in given:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
-        edits = list(editing.edit(engine, args, on_progress=on_progress))
+        edited = editing.edit(
+            engine, args, mask=args.mask, windows_at_once=args.windows_at_once, on_progress=on_progress
+        )
+        edits = list(edited)
     captions = [[prompt] for prompt in args.prompts]
-    if args.side_by_side:
-        source = engine.decode(engine.source_latents)[0]
+    source = engine.decode(engine.source_latents)[0] if args.side_by_side else None
+    if shape is not None:
+        edits = [restored(frames, shape) for frames in edits]
+        source = None if source is None else restored(source, shape)
+    if source is not None:
         edits = [contact_sheet.side_by_side([source, *edits], [engine.info.prompt, *args.prompts])]
         captions = [list(args.prompts)]
     about = partial(
@@ -97,8 +119,18 @@ def run(arguments: Sequence[str]) -> None:
         clip.name,
         args,
         engine=engine.kind,
+        masked=args.mask is not None,
         with_prompts=args.prompt_metadata,
     )
     fps = args.fps or engine.info.fps
     sound = engine.sound if same_speed(args.fps, engine.info.fps) else None
     write(args.out, edits, fps, [about(prompts) for prompts in captions], sound)
+
+
+def _shape(info: ClipInfo) -> Shape:
+    """Of the clip's source; raises InputError where nobody kept it."""
+    from tav_opt.video.restoring import Shape
+
+    if info.source_height is None or info.source_width is None:
+        raise InputError("size source: the clip does not tell its source's size; tune it again, or leave it out")
+    return Shape(height=info.source_height, width=info.source_width, fit=info.fit)

@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
         check_place(args.json)
     frames, source = video.read(args.edit).frames, video.read(args.source).frames
     from tav_opt.metrics.edited import Edited
-    from tav_opt.metrics.masks import read_mask
+    from tav_opt.video.masks import read_mask
 
     mask = None if args.mask is None else read_mask(args.mask)
     edited = Edited(

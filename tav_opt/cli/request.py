@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tav_opt import progress
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Fps, Index, Preset, Within
+from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Fps, Index, InputError, Preset, Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class Request(EditConfig):
     clip: str
     """Name of the exported clip."""
     video: Path | None = None
-    """Video file, or folder of images, to edit in the clip's place; the next four fit it to the clip, as in tune."""
+    """Video file, or folder of images, to edit in the clip's place; the next five fit it to the clip, as in tune."""
+    frames: Count | None = None
+    """How many frames of it; default: as many as the clip has."""
     start: Index = ClipConfig.start
     """First frame."""
     stride: Count = ClipConfig.stride
@@ -29,6 +31,9 @@ class Request(EditConfig):
     """Spread the frames evenly over the video instead of start and stride."""
     fit: Literal["crop", "squash"] = ClipConfig.fit
     """Centre crop that keeps the aspect, or squash."""
+    mask: Path | None = None
+    """White where the picture may change; the rest stays. An image, or a video or folder of images, fitted like the
+    video."""
     preset: Preset = "exact"
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
     url: str = "localhost:8001"
@@ -48,6 +53,8 @@ class Request(EditConfig):
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
     """MP4 file, which the server encodes, GIF file, or a folder for PNGs; several prompts are numbered."""
+    size: Literal["clip", "source"] = "clip"
+    """That of the clip's frames, or that at which --video is shown, with black where it was cropped; encoded here."""
     fps: Fps | None = None
     """Frames a second; default: those at which the clip, or the video, moves as it did, with its sound. Others go
     without."""
@@ -64,9 +71,12 @@ def run(arguments: Sequence[str]) -> int:
 
     check_edit(args, args.out, len(args.prompts))
     mention_weights("request", (*args.prompts, args.negative_prompt))
-    fitted = ("video", *FITTING) if args.video is not None else ()
-    source: Any = {name: getattr(args, name) for name in fitted}
-    output: Output = "mp4" if args.out.suffix.lower() == ".mp4" else "frames"
+    names = ("video", *FITTING) if args.video is not None else ("frames",)
+    source: Any = {name: found for name in (*names, "mask") if (found := getattr(args, name)) is not None}
+    if args.size == "source" and args.video is None:
+        raise InputError("size source: only of a --video; the clip's own is for tav-opt edit")
+    encoded = args.out.suffix.lower() == ".mp4" and args.size == "clip"
+    output: Output = "mp4" if encoded else "frames"
     files = {name: getattr(args, name) for name in ("root_certificates", "certificate", "key")}
     tls = Tls(**files) if args.tls or any(files.values()) else None
     retry = Retry(
@@ -93,5 +103,13 @@ def run(arguments: Sequence[str]) -> int:
     if "seed" in given and result.metadata:
         used = result.metadata[0]  # whether to invert may be the clip's to say
         mention_idle_seed("request", args.seed, inversion=used["inversion"], eta=used["eta"])
-    write(args.out, result.videos or list(result.frames), result.fps, result.metadata)
+    edits = result.videos or list(result.frames)
+    if args.video is not None and args.size == "source":
+        from tav_opt.video import read
+        from tav_opt.video.restoring import restored
+
+        shape = read(args.video, count=1).shape
+        assert shape is not None
+        edits = [restored(frames, replace(shape, fit=args.fit)) for frames in result.frames]
+    write(args.out, edits, result.fps, result.metadata, result.sound)
     return 0

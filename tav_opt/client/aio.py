@@ -22,7 +22,7 @@ from tav_opt.client.exchange import (
     failed,
     is_gateway,
 )
-from tav_opt.client.sources import fitted, path_of
+from tav_opt.client.sources import files_of, fitted
 from tav_opt.config import EditConfig, InputError, OnProgress
 from tav_opt.contract import ServedClip
 
@@ -44,7 +44,8 @@ class AsyncClient:
 
     def stream(self, clip: str, edit: EditConfig | Sequence[str], **options: Unpack[Options]) -> AsyncStream:
         """Begins an edit, as `Client.stream` does; a file is fitted by `edit` alone, which can wait for it."""
-        if (path := path_of(options)) is not None:
+        if (files := files_of(options)) is not None:
+            path = files.video or files.mask
             raise InputError(f"{path}: `edit` fits a file to the clip; to stream, give video's bytes or source_frames")
         return AsyncStream(self, Exchange.of(clip, edit, options, self._retry))
 
@@ -57,10 +58,10 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> Edit:
         """Edits an exported clip, and raises, as `Client.edit` does; cancelling the task cancels it on the server."""
-        if (path := path_of(options)) is not None:
+        if (files := files_of(options)) is not None:
             began = time.monotonic()
             served = await self.clip(clip, deadline_s=options.get("deadline_s"))
-            options = await asyncio.to_thread(fitted, options, path, served, began=began)
+            options = await asyncio.to_thread(fitted, options, files.video, served, mask=files.mask, began=began)
         async with self.stream(clip, edit, **options) as stream:
             async for progress in stream:
                 if on_progress is not None:

@@ -58,7 +58,7 @@ class Progress:
     """One step of an edit is done."""
 
     stage: str
-    """invert or sample."""
+    """invert, sample, or render, whose steps are the frames of a large result."""
     step: int
     """Steps done in this stage."""
     steps: int
@@ -79,6 +79,8 @@ class Edit:
     """An MP4 file of each prompt, where they were asked for."""
     request_id: str = ""
     """What the server's log calls the request."""
+    sound: bytes | None = None
+    """Of the video's file, as a Matroska file, at the video's speed; MP4 files have it already."""
     metadata: tuple[dict[str, Any], ...] = ()
     """What each says of itself; MP4 files carry it as their comment."""
 
@@ -91,7 +93,9 @@ class Options(TypedDict, total=False):
     """Seconds from now after which nobody waits for the edit any more; of all attempts together."""
     video: PathLike | bytes | None
     """A video to edit in the clip's place. Of a file, or a folder of images, frames are taken and fitted to the clip as
-    `tune` does, by the next four; bytes of a file are sent as they are, and must have the clip's frames and size."""
+    `tune` does, by the next five; bytes of a file are sent as they are, and must have the clip's size."""
+    frames: int | None
+    """How many; default: as many as the clip has."""
     start: int
     """First frame."""
     stride: int
@@ -102,6 +106,9 @@ class Options(TypedDict, total=False):
     """Centre crop that keeps the aspect, or squash."""
     source_frames: np.ndarray
     """uint8 (f, H, W, 3) RGB to edit in the clip's place."""
+    mask: PathLike | bytes | None
+    """White where the picture may change: an image, a video or a folder of images, fitted like the video; bytes of a
+    video file are sent as they are."""
     preview_interval: int
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
@@ -157,6 +164,8 @@ class Exchange:
         self._retry, self._pauses = retry, retry.pauses()
         self._ends = None if deadline_s is None else time.monotonic() + deadline_s
         self._answered = False
+        self._parts: list[np.ndarray] = []
+        self._frames = 0
         self._sound: bytes | None = None
 
     @classmethod
@@ -204,6 +213,9 @@ class Exchange:
         if response.parameters["triton_final_response"].bool_param:
             return self._edit(tensors)
         stage, step, steps = (tensors[name][0] for name in ("stage", "step", "steps"))
+        if "frames" in tensors:
+            self._parts.append(tensors["frames"])
+            self._frames = int(steps)
         return Progress(stage=stage.decode(), step=int(step), steps=int(steps), preview=tensors.get("preview"))
 
     def pause(self, error: ServerError) -> float | None:
@@ -235,6 +247,8 @@ class Exchange:
         return ServerError("the server ended the edit without a result", "INTERNAL")
 
     def _edit(self, tensors: Mapping[str, np.ndarray]) -> Edit:
+        if self._parts and sum(part.shape[1] for part in self._parts) == self._frames:
+            tensors = {**tensors, "frames": np.concatenate(self._parts, axis=1)}
         if not {"frames", "video"} & set(tensors):
             raise self.no_result()
         return Edit(
@@ -242,6 +256,7 @@ class Exchange:
             fps=float(tensors["fps"][0]),
             videos=tuple(self._sounding(file) for file in tensors.get("video", ())),
             request_id=self.request_id,
+            sound=self._sound,
             metadata=tuple(map(json.loads, tensors.get("metadata", ()))),
         )
 

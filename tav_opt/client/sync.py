@@ -24,7 +24,7 @@ from tav_opt.client.exchange import (
     failed,
     is_gateway,
 )
-from tav_opt.client.sources import fitted, path_of
+from tav_opt.client.sources import files_of, fitted
 from tav_opt.config import EditConfig, InputError, OnProgress
 from tav_opt.contract import ServedClip
 
@@ -48,12 +48,13 @@ class Client:
     def stream(self, clip: str, edit: EditConfig | Sequence[str], **options: Unpack[Options]) -> Stream:
         """Begins an edit of an exported clip; prompts alone stand for EditConfig(prompts=…).
 
-        A video's file is fitted to the clip first, which the server is asked about. Raises InputError for settings that
-        do not fit the wire and for a video that cannot be fitted; all else is raised by the stream.
+        A video's file, and a mask's, is fitted to the clip first, which the server is asked about. Raises InputError
+        for settings that do not fit the wire and for files that cannot be fitted; all else is raised by the stream.
         """
-        if (path := path_of(options)) is not None:
+        if (files := files_of(options)) is not None:
             began = time.monotonic()
-            options = fitted(options, path, self.clip(clip, deadline_s=options.get("deadline_s")), began=began)
+            served = self.clip(clip, deadline_s=options.get("deadline_s"))
+            options = fitted(options, files.video, served, mask=files.mask, began=began)
         return Stream(self, Exchange.of(clip, edit, options, self._retry))
 
     def edit(

@@ -53,18 +53,21 @@ CLIPS = (
 correlation was -0.11, and 0.99 from the forest)."""
 
 
-def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def animate(
+    crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0, times: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 (f, H, W, 3) of a subject before a place, by a hand-held camera, and its middle (f, 2), x and y.
 
-    The middle is in pixels. The sprites are frames of one animation, all of one size.
+    The middle is in pixels. The sprites are frames of one animation, all of one size, which is seen so many `times`,
+    FRAMES each.
     """
     side = (world.SIZE + 2 * MARGIN) * FINE
     scenery = background(crossing.place, np.random.default_rng(seed), side)
     box = world.visible(*sprites)
     frames, track = [], []
-    for index, camera in enumerate(_camera(seed)):
-        part = index / (FRAMES - 1)
-        sprite = sprites[index * len(sprites) // FRAMES].crop(box)
+    for index, camera in enumerate(_camera(seed, times)):
+        part = index / (times * FRAMES - 1)
+        sprite = sprites[index % FRAMES * len(sprites) // FRAMES].crop(box)
         longest = crossing.scale * world.SIZE * FINE
         sprite = world.fit(sprite, longest)
         middle = MARGIN + (crossing.path[0] + (crossing.path[1] - crossing.path[0]) * part) * world.SIZE
@@ -76,9 +79,9 @@ def animate(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) ->
     return np.stack(frames), np.array(track)
 
 
-def _camera(seed: int) -> np.ndarray:
+def _camera(seed: int, times: int) -> np.ndarray:
     """Left and top (f, 2) of what the camera sees: it sways, since nothing else moves about the subject."""
-    turns = np.linspace(0, 1, FRAMES)[:, None] * SWAYS + np.random.default_rng((seed, 1)).random(2)
+    turns = np.linspace(0, times, times * FRAMES)[:, None] * SWAYS + np.random.default_rng((seed, 1)).random(2)
     return np.round((MARGIN + SWAY * np.sin(2 * np.pi * turns)) * FINE).astype(int)
 
 

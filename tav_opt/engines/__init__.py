@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tav_opt.config import EngineName
+from tav_opt.config import ClipConfig, EngineName
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
 
@@ -31,11 +31,15 @@ class Engine(Protocol):
 
     @property
     def source_latents(self) -> Tensor:
-        """(1, c, f, h, w), scaled."""
+        """(1, c, f, h, w), scaled; f may be more than `info.network_frames`, of which `predict` takes as many."""
 
     @property
     def inverted_latents(self) -> Tensor:
         """(1, c, f, h, w): of the source, by `info.inversion`."""
+
+    @property
+    def source(self) -> ClipConfig | None:
+        """Which frames of which video the clip is; None where nobody kept that."""
 
     @property
     def sound(self) -> bytes | None:

@@ -20,7 +20,7 @@ from tav_opt import checkpoint
 from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.config import EngineName, InputError, texts
+from tav_opt.config import ClipConfig, EngineName, InputError, texts
 from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.repository import layout, specs
@@ -74,7 +74,7 @@ class ExportedBase:
     revision: str
     """Of its files and of what runs them."""
     latents: tuple[int, ...]
-    """(1, c, f, h, w) of every clip."""
+    """(1, c, f, h, w) that the UNet takes; a clip may have more frames."""
     tokenizer: Tokenizer
     tokens: int
     value_inputs: dict[str, str]
@@ -167,7 +167,8 @@ class ExportedEngine:
             raise InputError(f"clip {folder.name} belongs to base {info.exported_base}, not to {base.folder.name}")
         tuned = checkpoint.load(ClipFolder(folder, MANIFEST))
         specs.check_values(base.folder, {name: value.shape for name, value in tuned.values.items()})
-        if (shape := tuple(tuned.source_latents.shape)) != base.latents:
+        expected = (*base.latents[:2], info.frames, *base.latents[3:])
+        if (shape := tuple(tuned.source_latents.shape)) != expected or info.network_frames != base.latents[2]:
             raise InputError(f"clip {folder.name}: latents {shape}, but {base.folder.name} takes {base.latents}")
         return cls.of(tuned, base, revision_of([layout.manifest(folder), base.revision]))
 
@@ -187,17 +188,24 @@ class ExportedEngine:
             sound=tuned.sound,
         )
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held.
+    def extra_bytes(
+        self, prompts: int, *, encode: bool = False, windows: int = 1, told: Collection[str] = ("text",)
+    ) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames.
 
-        `encode`: of other frames; `told`: the names of what the UNet is told.
+        `windows` of a long clip go through the network at once; `told`: the names of what the UNet is told.
         """
         frames = min(self.frames_at_once, self.info.frames)
         unet = self.base.unet_for(told)
-        items = {"text_encoder": MAX_PROMPTS + 1, unet: 2 * prompts, "vae_decoder": frames}
+        items = {"text_encoder": MAX_PROMPTS + 1, unet: 2 * prompts * windows, "vae_decoder": frames}
         pixels = self.info.frames * self.info.height * self.info.width * 3
         # The frames of all prompts as they are put together, and in the response.
         return self.base.graphs.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
+
+    @property
+    def source(self) -> ClipConfig | None:
+        """An export keeps no note of it."""
+        return None
 
     @property
     def schedule(self) -> Schedule:
@@ -217,11 +225,12 @@ class ExportedEngine:
         return self.calls["text_encoder"](input_ids=self.base.tokenize(prompts))["text"]
 
     def encode_video(self, frames: np.ndarray) -> Tensor:
-        exported = (self.info.frames, self.info.height, self.info.width, 3)
-        if frames.shape != exported:
-            raise InputError(f"frames are {frames.shape} (f, H, W, 3), but the clip was exported for {exported}")
-        parts = to_unit(frames).split(self.frames_at_once)
-        latents = torch.cat([self.calls["vae_encoder"](pixels=part)["latents"] for part in parts])
+        exported = (self.info.network_frames, self.info.height, self.info.width, 3)
+        if len(frames) < exported[0] or frames.shape[1:] != exported[1:]:
+            told = f"frames are {frames.shape} (f, H, W, 3), but the clip was exported for {exported}"
+            raise InputError(f"{told}, or more frames")
+        parts = [frames[first : first + self.frames_at_once] for first in range(0, len(frames), self.frames_at_once)]
+        latents = torch.cat([self.calls["vae_encoder"](pixels=to_unit(part))["latents"] for part in parts])
         return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
 
     @property

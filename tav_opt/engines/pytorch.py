@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tav_opt import checkpoint, models
 from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.config import Additions, EngineName, InputError, PathLike
+from tav_opt.config import Additions, ClipConfig, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
 from tav_opt.device import usable_device
@@ -93,6 +93,7 @@ class TorchEngine:
     source_latents: Tensor
     inverted_latents: Tensor
     sound: bytes | None = None
+    source: ClipConfig | None = None
 
     @property
     def kind(self) -> EngineName:
@@ -140,24 +141,41 @@ def open_checkpoint(
     Raises InputError when either is missing, altered, or they do not belong together.
     """
     place = usable_device(device)
-    tuned = checkpoint.load(folder)
-    return engine_on(models.load(base_of(tuned.info, base), dtype=dtype, device=place), tuned, place, dtype)
+    clip = ClipFolder.at(folder)
+    tuned = checkpoint.load(clip)
+    sd = models.load(base_of(tuned.info, base), dtype=dtype, device=place)
+    return engine_on(sd, tuned, place, dtype, source=_source(clip))
 
 
 def engine_on(
-    sd: models.StableDiffusion, tuned: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype
+    sd: models.StableDiffusion,
+    tuned: checkpoint.Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    source: Any = None,
 ) -> TorchEngine:
     """A tuned clip on its base, which is there already; another clip's values give way to this one's."""
     models.put_values(sd.unet, tuned.values)
     _check_latents(sd, tuned)
-    eager.check_editing(sd, tuned.info.frames, tuned.info.height, tuned.info.width)
+    eager.check_editing(sd, tuned.info.network_frames, tuned.info.height, tuned.info.width)
     return TorchEngine(
         sd=sd,
         info=tuned.info,
         source_latents=tuned.source_latents.to(device, dtype),
         inverted_latents=tuned.inverted_latents.to(device, dtype),
         sound=tuned.sound,
+        source=source,
     )
+
+
+def _source(clip: ClipFolder) -> ClipConfig | None:
+    """The note that tuning keeps of it; raises InputError where that is no such note."""
+    note = clip.settings.get("source")
+    try:
+        return None if note is None else ClipConfig(**note)
+    except TypeError:
+        raise InputError(f"{clip.path / clip.file}: its source {note!r:.100} is not what tuning writes") from None
 
 
 def _check_latents(sd: models.StableDiffusion, tuned: checkpoint.Checkpoint) -> None:
@@ -228,6 +246,6 @@ class TorchGraphs:
 
     def extra_bytes(self, items: Mapping[str, int]) -> int:
         info = self._info
-        beyond = eager.working_bytes(self._sd, info.frames, info.height, info.width)  # of one guided prompt
+        beyond = eager.working_bytes(self._sd, info.network_frames, info.height, info.width)  # of one guided prompt
         rows = max((count for name, count in items.items() if self._specs[name].is_unet), default=0)
         return beyond * max(1, rows // 2)

@@ -146,7 +146,7 @@ def _write_base(
     with whole(exported) as folder:
         folder.mkdir()
         found = {}
-        chosen = graphs.graphs(sd, values, tuned.source_latents.shape[1:])
+        chosen = graphs.graphs(sd, values, graphs.network_shape(tuned.info, tuned.source_latents))
         for number, graph in enumerate(chosen, start=1):
             found[graph.name] = parity.check(graph, parity.in_onnxruntime(graphs.write(graph, folder), graph.spec))
             if on_graph is not None:
@@ -198,7 +198,7 @@ def _base_manifest(
     return {
         "version": VERSION,
         "base_hash": tuned.info.base_hash,
-        "latents": list(tuned.source_latents.shape[1:]),
+        "latents": list(graphs.network_shape(tuned.info, tuned.source_latents)),
         "tokens": sd.tokenizer.model_max_length,
         "scaling_factor": sd.vae.config.scaling_factor,
         "scheduler": sd.base.configs["scheduler"],

@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from tav_opt.checkpoint import VALUES, load_tensors
 from tav_opt.config import Additions, PathLike
+from tav_opt.contract import ClipInfo
 from tav_opt.engines import pytorch
 from tav_opt.engines.pytorch import ClipUNet, TextEncoder, TorchEngine, VaeDecoder, VaeEncoder, input_name
 from tav_opt.export.sparse_causal import OPSET, Body, append_body, translate
@@ -98,7 +99,13 @@ def of_clip(clip: Path, base: PathLike | Additions | None = None) -> tuple[Torch
     """An exported clip in eager PyTorch, and its base's graphs traced with its values; `base`: where that is now."""
     eager = pytorch.open_checkpoint(clip, base=base)
     values = {name: value.float() for name, value in load_tensors(clip / VALUES).items()}
-    return eager, graphs(eager.sd, values, eager.source_latents.shape[1:])
+    return eager, graphs(eager.sd, values, network_shape(eager.info, eager.source_latents))
+
+
+def network_shape(info: ClipInfo, latents: Tensor) -> tuple[int, ...]:
+    """(c, f, h, w) that the network takes of a clip's latents (1, c, f, h, w), which may have more frames."""
+    _, channels, _, height, width = latents.shape
+    return channels, info.network_frames, height, width
 
 
 def unet_graph(

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,22 +17,29 @@ from torch import Tensor
 
 from tav_opt import ddim, editing, video
 from tav_opt.conditions.attention_control import CONTROL
-from tav_opt.config import InputError
-from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
+from tav_opt.config import InputError, WorkerConfig
+from tav_opt.contract import Request, check_request, edit_metadata, from_tensors, same_speed
 from tav_opt.ddim import Text, Timestep
 from tav_opt.engines import Engine
 from tav_opt.memory.promises import Memory
 from tav_opt.serving import previews
 from tav_opt.serving.batching import Batches
+from tav_opt.serving.decoding import Wanted
 from tav_opt.serving.failures import Unavailable
 from tav_opt.serving.inversions import Inversions, key
 from tav_opt.serving.report import Report
+from tav_opt.video import masks
 
 Send = Callable[[dict[str, np.ndarray]], None]
 GoOn = Callable[[], None]
 """Raises ddim.Stopped when the edit shall stop."""
-Decode = Callable[[bytes, ClipInfo, GoOn], np.ndarray]
+Decode = Callable[[bytes, Wanted, GoOn], np.ndarray]
 
+Source = Callable[[], Tensor | None]
+"""The latents of what was sent in the clip's place, encoded when they are first asked for."""
+
+LATENT_COPIES = 8
+"""That a step holds of its latents, of each prompt with and without its text."""
 PREVIEW_MAPS = 64
 """A few hundred bytes each."""
 
@@ -49,8 +57,13 @@ class ServedEngine(Engine, Protocol):
     def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE."""
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
+    def extra_bytes(
+        self, prompts: int, *, encode: bool = False, windows: int = 1, told: Collection[str] = ("text",)
+    ) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames.
+
+        `windows` of a long clip go through the network at once; `told`: the names of what the UNet is told.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,9 @@ class Editor:
     batches: Batches = field(default_factory=Batches)
     preview_maps: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
     """By the clip's revision."""
+    longest_source: int = WorkerConfig.longest_source
+    windows_at_once: int = WorkerConfig.windows_at_once
+    response_bytes: int = WorkerConfig.response_mib << 20
 
     def answer(
         self, tensors: Mapping[str, np.ndarray], send: Send, go_on: GoOn, report: Report
@@ -86,35 +102,63 @@ class Editor:
         request = replace(request, edit=engine.info.edited(request.edit, request.given, request.preset))
         check_request(request)
         report.request, report.engine = request, engine.kind
-        _check_source(request, engine)
+        _check_source(request, engine, self.longest_source)
 
         progress = _Progress(send, go_on, report)
         with ExitStack() as stack:
 
             def choose() -> int:
                 report.at_once, needed = _prompts_at_once(
-                    engine, request, self.memory.free(), beside=self.batches.prompts(engine)
+                    engine,
+                    request,
+                    self.memory.free(),
+                    beside=self.batches.prompts(engine),
+                    windows=self._windows(engine, request),
                 )
                 stack.enter_context(self.batches.counted(engine, report.at_once))
                 return needed
 
-            with self.memory.promised(choose):
-                return self._edited(engine, request, progress)
+            promise = stack.enter_context(ExitStack())
+            promise.enter_context(self.memory.promised(choose))
+            return self._edited(engine, request, progress, promise)
 
-    def _edited(self, engine: ServedEngine, request: Request, progress: _Progress) -> dict[str, np.ndarray]:
-        """The last response."""
+    def _windows(self, engine: ServedEngine, request: Request) -> int:
+        """How many go through the network at once, if there may be more than one."""
+        sent = request.video is not None or request.source_frames is not None
+        return self.windows_at_once if sent or engine.info.window is not None else 1
+
+    def _edited(
+        self, engine: ServedEngine, request: Request, progress: _Progress, promise: ExitStack
+    ) -> dict[str, np.ndarray]:
+        """The last response; the `promise` of memory is made anew where the source has more frames than the clip."""
         report = progress.report
         text = editing.encode_prompts(engine, request.edit)
+        mask = self._mask(engine, request, progress)
+        source = cache(lambda: self._source(engine, request, progress))
         with self.batches.joined(engine, report) as joined:
-            start = self._start(joined, request, progress)
+            start = self._start(joined, request, source, progress)
+            if start.shape[2] > engine.info.frames:
+                promise.close()
+                promise.enter_context(self.memory.promised(lambda: self._of_length(engine, request, start, report)))
+            blend = None if mask is None else _blend(engine, request, mask, source(), start)
             with report.stage("sample"):
-                sampled = self._sampled(joined, request, text, start, progress)
+                sampled = self._sampled(joined, request, text, start, blend, progress)
         with report.stage("render"):
-            result = _result(engine, request, _rendered(engine, sampled, progress.go_on))
+            result = self._result(engine, request, sampled, progress)
         steps = report.steps["sample"]
         return {**told("done", steps, steps), **result, "fps": np.array([request.fps or engine.info.fps], np.float32)}
 
-    def _start(self, engine: ServedEngine, request: Request, progress: _Progress) -> Tensor:
+    def _source(self, engine: ServedEngine, request: Request, progress: _Progress) -> Tensor | None:
+        """The latents (1, c, f, h, w) of what was sent in the clip's place; None where that is nothing."""
+        frames, info = request.source_frames, engine.info
+        if request.video is not None:
+            most = max(self.longest_source, info.network_frames)
+            wanted = Wanted(least=info.network_frames, most=most, height=info.height, width=info.width)
+            with progress.report.stage("decode"):
+                frames = self.decode(request.video, wanted, progress.go_on)
+        return None if frames is None else engine.encode_video(frames)
+
+    def _start(self, engine: ServedEngine, request: Request, source: Source, progress: _Progress) -> Tensor:
         """The latents that sampling starts from: computed only where they are neither the clip's nor kept."""
         report, config = progress.report, request.edit
         inversion = engine.info.inversion_of(config)
@@ -124,22 +168,43 @@ class Editor:
             return editing.start_latents(engine, config)
 
         def compute() -> Tensor:
-            frames = self._frames(engine, request, progress)
+            found = source()
             with report.stage("invert"):
-                return editing.start_latents(engine, config, frames, progress.step, on_call=progress.go_on)
+                calls = editing.Calls(windows_at_once=self.windows_at_once, on_call=progress.go_on)
+                return editing.start_latents(engine, config, found, progress.step, calls=calls)
 
         name = key(engine.revision, inversion, _content(request))
         latents, report.inversion = self.inversions.get(name, compute, progress.go_on)
         return latents.to(engine.source_latents.device)
 
-    def _frames(self, engine: ServedEngine, request: Request, progress: _Progress) -> np.ndarray | None:
-        if request.video is None:
-            return request.source_frames
+    def _mask(self, engine: ServedEngine, request: Request, progress: _Progress) -> np.ndarray | None:
+        """Where the picture may change, bool (f, H, W), where that was sent."""
+        if request.mask is None:
+            return None
+        info = engine.info
+        most = max(self.longest_source, info.frames)
+        wanted = Wanted(name="mask", least=1, most=most, height=info.height, width=info.width)
         with progress.report.stage("decode"):
-            return self.decode(request.video, engine.info, progress.go_on)
+            return masks.of_frames(self.decode(request.mask, wanted, progress.go_on))
+
+    def _of_length(self, engine: ServedEngine, request: Request, start: Tensor, report: Report) -> int:
+        """Bytes that an edit of more frames than the clip's needs from now on; raises Unavailable without them."""
+        info, prompts, at_once = engine.info, len(request.edit.prompts), report.at_once
+        beside, windows = self.batches.prompts(engine) - at_once, self._windows(engine, request)
+        more = start.shape[2] - info.frames
+        latents = LATENT_COPIES * (prompts + 1) * start.nbytes * more // start.shape[2]
+        pixels = 2 * prompts * more * info.height * info.width * 3
+        network = _bytes_of(engine, request, at_once, beside=beside, windows=windows)
+        return _checked(network + latents + pixels, self.memory.free())
 
     def _sampled(
-        self, engine: ServedEngine, request: Request, text: Tensor, start: Tensor, progress: _Progress
+        self,
+        engine: ServedEngine,
+        request: Request,
+        text: Tensor,
+        start: Tensor,
+        blend: ddim.Blend | None,
+        progress: _Progress,
     ) -> Tensor:
         """→ (prompts, c, f, h, w)"""
         at_once = progress.report.at_once
@@ -151,16 +216,39 @@ class Editor:
                 progress.show(len(request.edit.prompts), batch * at_once, previews.picture(step.clean, colours))
             progress.step(step)
 
-        return torch.cat(list(editing.sample(engine, request.edit, text, start, at_once=at_once, on_step=on_step)))
+        is_long = start.shape[2] > engine.info.network_frames  # else one call is one step, after which it is asked
+        on_call = progress.go_on if is_long else lambda: None
+        calls = editing.Calls(windows_at_once=self.windows_at_once, on_call=on_call)
+        batches = editing.sample(
+            engine, request.edit, text, start, at_once=at_once, blend=blend, calls=calls, on_step=on_step
+        )
+        return torch.cat(list(batches))
 
     def _preview_map(self, engine: ServedEngine, go_on: GoOn) -> Tensor:
         found = self.preview_maps.get(engine.revision)
         if found is None:
-            source = engine.source_latents
+            source = engine.source_latents[:, :, : engine.info.network_frames]
             found = self.preview_maps[engine.revision] = previews.fit(source, _rendered(engine, source, go_on)[0])
             while len(self.preview_maps) > PREVIEW_MAPS:
                 self.preview_maps.popitem(last=False)
         return found
+
+    def _result(
+        self, engine: ServedEngine, request: Request, sampled: Tensor, progress: _Progress
+    ) -> dict[str, np.ndarray]:
+        """What the last response has of it; frames that are too many for one response are sent before."""
+        metadata = _metadata(engine, request)
+        told = {"metadata": np.array([json.dumps(one, ensure_ascii=False).encode() for one in metadata], np.object_)}
+        if request.output == "mp4":
+            return {"video": _files(engine, request, sampled, metadata, progress.go_on), **told}
+        frame_bytes = len(sampled) * engine.info.height * engine.info.width * 3
+        count, frames = max(1, self.response_bytes // frame_bytes), sampled.shape[2]
+        if frames <= count:
+            return {"frames": _rendered(engine, sampled, progress.go_on), **told}
+        for first in range(0, frames, count):
+            part = sampled[:, :, first : first + count]
+            progress.render(_rendered(engine, part, progress.go_on), first + part.shape[2], frames)
+        return told
 
 
 class _Progress:
@@ -188,6 +276,11 @@ class _Progress:
             self._preview_is_due = False
         self._send(response)
 
+    def render(self, part: np.ndarray, frames: int, of: int) -> None:
+        """Sends the next frames (prompts, f, H, W, 3) of a large result, of which so many are there with them."""
+        self.go_on()
+        self._send({**told("render", frames, of), "frames": part})
+
 
 def told(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
     """The tensors that every response has."""
@@ -198,13 +291,16 @@ def told(stage: str, step: int, steps: int) -> dict[str, np.ndarray]:
     }
 
 
-def _check_source(request: Request, engine: ServedEngine) -> None:
+def _check_source(request: Request, engine: ServedEngine, longest: int) -> None:
     info, frames = engine.info, request.source_frames
-    if frames is not None and frames.shape != (info.frames, info.height, info.width, 3):
+    if frames is None:
+        return
+    most = max(longest, info.network_frames)
+    if not info.network_frames <= len(frames) <= most or frames.shape[1:] != (info.height, info.width, 3):
         count, height, width, _ = frames.shape
+        wanted = Wanted(least=info.network_frames, most=most, height=info.height, width=info.width)
         raise InputError(
-            f"input source_frames has {count} frames of {width}×{height}; "
-            f"clip {request.clip} takes {info.frames} frames of {info.width}×{info.height}"
+            f"input source_frames has {count} frames of {width}×{height}; clip {request.clip} takes {wanted}"
         )
 
 
@@ -217,30 +313,46 @@ def _content(request: Request) -> str:
     return "clip"
 
 
-def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, beside: int) -> tuple[int, int]:
+def _blend(
+    engine: ServedEngine, request: Request, mask: np.ndarray, source: Tensor | None, start: Tensor
+) -> ddim.Blend:
+    """What keeps the source where a mask is black; raises InputError for one that does not fit."""
+    if len(mask) not in (1, start.shape[2]):
+        raise InputError(f"input mask has {len(mask)} frames: must have 1, or {start.shape[2]} as the source has")
+    return editing.blend(engine, request.edit, mask, engine.source_latents if source is None else source, start)
+
+
+def _prompts_at_once(
+    engine: ServedEngine, request: Request, free: int, *, beside: int, windows: int
+) -> tuple[int, int]:
     """How many prompts one batch may have `beside` those of other edits, and the bytes that it needs.
 
-    Raises Unavailable where memory is short of one.
+    `windows` of a long clip go through the network at once. Raises Unavailable where memory is short of one prompt.
     """
-    controlled = request.edit.controlled  # a prompt at a time, and its source, which counts as one
-    prompts, source = (1, 1) if controlled else (len(request.edit.prompts), 0)
-    told = ("text", *CONTROL) if controlled else ("text",)
+    prompts = 1 if request.edit.controlled else len(request.edit.prompts)  # with control a prompt at a time
+    while (needed := _bytes_of(engine, request, prompts, beside=beside, windows=windows)) > free and prompts > 1:
+        prompts = (prompts + 1) // 2
+    return prompts, _checked(needed, free)
+
+
+def _bytes_of(engine: ServedEngine, request: Request, prompts: int, *, beside: int, windows: int) -> int:
+    """What so many prompts need for them alone, or add to the batch of others: whichever is more."""
+    controlled = request.edit.controlled
+    rows = prompts + controlled  # its source counts as one more
+    extra = partial(engine.extra_bytes, windows=windows, told=("text", *CONTROL) if controlled else ("text",))
     encode = request.video is not None or request.source_frames is not None
     promised = engine.extra_bytes(beside) if beside else 0  # by those edits
+    return max(extra(rows + beside, encode=encode) - promised, extra(rows, encode=encode))
 
-    def bytes_of(prompts: int) -> int:
-        """For them alone, and for what they add to the others' batch: whichever is more."""
-        together = engine.extra_bytes(prompts + source + beside, encode=encode, told=told) - promised
-        return max(together, engine.extra_bytes(prompts + source, encode=encode, told=told))
 
-    while (needed := bytes_of(prompts)) > free:
-        if prompts == 1:
-            raise Unavailable(
-                f"the edit needs about {needed / 2**30:.2f} GiB, the server has {free / 2**30:.2f} GiB free: "
-                "try again later"
-            )
-        prompts = (prompts + 1) // 2
-    return prompts, needed
+def _checked(needed: int, free: int) -> int:
+    """The bytes that are needed; raises Unavailable where fewer are free."""
+    if needed > free:
+        raise Unavailable(
+            f"the edit needs about {needed / 2**30:.2f} GiB, the server has {free / 2**30:.2f} GiB free: "
+            "try again later"
+        )
+    return needed
 
 
 def _rendered(engine: ServedEngine, latents: Tensor, go_on: GoOn) -> np.ndarray:
@@ -248,23 +360,28 @@ def _rendered(engine: ServedEngine, latents: Tensor, go_on: GoOn) -> np.ndarray:
     return engine.decode(latents, go_on)
 
 
-def _result(engine: ServedEngine, request: Request, frames: np.ndarray) -> dict[str, np.ndarray]:
-    metadata = [
-        edit_metadata(
-            engine.info,
-            request.clip,
-            request.edit,
-            [prompt],
-            engine=engine.kind,
-            with_prompts=request.prompt_metadata,
-        )
-        for prompt in request.edit.prompts
-    ]
-    told = {"metadata": np.array([json.dumps(one, ensure_ascii=False).encode() for one in metadata], np.object_)}
-    if request.output == "frames":
-        return {"frames": frames, **told}
-    files = np.empty(len(frames), np.object_)
+def _metadata(engine: ServedEngine, request: Request) -> list[dict[str, Any]]:
+    """Of each prompt's edit."""
+    about = partial(
+        edit_metadata,
+        engine.info,
+        request.clip,
+        request.edit,
+        engine=engine.kind,
+        masked=request.mask is not None,
+        with_prompts=request.prompt_metadata,
+    )
+    return [about([prompt]) for prompt in request.edit.prompts]
+
+
+def _files(
+    engine: ServedEngine, request: Request, sampled: Tensor, metadata: list[dict[str, Any]], go_on: GoOn
+) -> np.ndarray:
+    """An MP4 of each prompt, rendered and encoded one after the other."""
     own = request.video is None and request.source_frames is None and same_speed(request.fps, engine.info.fps)
     sound, fps = engine.sound if own else None, request.fps or engine.info.fps
-    files[:] = [video.encode_mp4(edit, fps, one, sound=sound) for edit, one in zip(frames, metadata, strict=True)]
-    return {"video": files, **told}
+    files = np.empty(len(sampled), np.object_)
+    for number, (latents, one) in enumerate(zip(sampled, metadata, strict=True)):
+        frames = _rendered(engine, latents[None], go_on)[0]
+        files[number] = video.encode_mp4(frames, fps, one, sound=sound)
+    return files

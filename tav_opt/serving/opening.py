@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from tav_opt.config import WorkerConfig
-from tav_opt.contract import ClipInfo
 from tav_opt.engines.exported import ExportedEngine, usable_cores
 from tav_opt.memory.free import free_bytes
 from tav_opt.memory.promises import LOCK, Memory
 from tav_opt.serving.batching import Batches
-from tav_opt.serving.decoding import decode
+from tav_opt.serving.decoding import Wanted, decode
 from tav_opt.serving.edits import Editor, GoOn
 from tav_opt.serving.inversions import Inversions
 from tav_opt.serving.resident import Clips, OnChoice
@@ -52,11 +51,20 @@ def open_editor(
         on_trouble=on_trouble,
     )
 
-    def decoded(data: bytes, info: ClipInfo, go_on: GoOn) -> np.ndarray:
-        return decode(data, info, seconds=config.decode_seconds, keep_waiting=go_on)
+    def decoded(data: bytes, wanted: Wanted, go_on: GoOn) -> np.ndarray:
+        return decode(data, wanted, seconds=config.decode_seconds, keep_waiting=go_on)
 
-    batches = Batches(on_trouble)
-    return Editor(clips=clips.get, inversions=inversions, decode=decoded, memory=memory, batches=batches), clips
+    editor = Editor(
+        clips=clips.get,
+        inversions=inversions,
+        decode=decoded,
+        memory=memory,
+        batches=Batches(on_trouble),
+        longest_source=config.longest_source,
+        windows_at_once=config.windows_at_once,
+        response_bytes=config.response_mib * MIB,
+    )
+    return editor, clips
 
 
 def _shared(folder: Path, on_trouble: Callable[[str], None]) -> Path | None:
@@ -92,5 +100,6 @@ def threads_of(config: WorkerConfig, device: torch.device) -> int | None:
 def warm_up(engine: ExportedEngine) -> None:
     """Runs every graph of an edit once, so that the first request finds memory and kernels ready."""
     text = engine.encode_text(["", ""])
-    engine.predict(engine.inverted_latents.expand(2, -1, -1, -1, -1), 0, text)
+    window = engine.inverted_latents[:, :, : engine.info.network_frames]
+    engine.predict(window.expand(2, -1, -1, -1, -1), 0, text)
     engine.decode(engine.source_latents[:, :, : engine.frames_at_once])

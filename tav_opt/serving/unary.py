@@ -21,6 +21,8 @@ from tav_opt.serving.responses import Response, Responses, key
 POLL_SECONDS = 0.05
 """How often it is looked whether the client has gone."""
 
+MAX_BYTES = 1 << 30
+"""Of frames in one response; Protocol Buffers end at twice that."""
 CODES = {"INVALID_ARGUMENT": "INVALID_ARG"}
 """Statuses that Triton's Python backend calls otherwise than gRPC."""
 
@@ -31,6 +33,13 @@ class Refused(Exception):
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Frames (prompts, f, H, W, 3) of a result that came in parts; raises Refused for more than a response holds."""
+    if (size := sum(part.nbytes for part in parts)) > MAX_BYTES:
+        raise Refused("INVALID_ARGUMENT", f"the result has {size} bytes, one response {MAX_BYTES}: ask {STREAM_MODEL}")
+    return np.concatenate(parts, axis=1)
 
 
 class TritonPythonModel:
@@ -107,6 +116,7 @@ class TritonPythonModel:
             **({"trace": request.trace()} if self._traced else {}),
         )
         last: Response = {}
+        parts: list[np.ndarray] = []
         # Kept until the next one: else the last to let go of it is a thread of Triton 2.51 that has not Python's lock,
         # and frees its tensors all the same, of which Python 3.12 dies.
         self._streamed = passed_on.exec(decoupled=True)
@@ -114,10 +124,13 @@ class TritonPythonModel:
             if response.has_error():
                 message = response.error().message()
                 raise Refused(status_of_refusal(message), message)
-            last = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()} or last
+            found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+            if "frames" in found and "metadata" not in found:
+                parts.append(np.array(found["frames"]))  # it lies in memory that Triton takes back
+            last = found or last
         if "error" in last:
             raise Refused(*(text.decode() for text in last["error"]))
-        return last
+        return {**last, "frames": _joined(parts)} if parts else last
 
     def _response(self, tensors: Response) -> Any:
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in tensors.items()])

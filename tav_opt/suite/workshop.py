@@ -23,7 +23,6 @@ from tav_opt.device import usable_device
 from tav_opt.engines.pytorch import TorchEngine, engine_on
 from tav_opt.files import read_object, write_json
 from tav_opt.metrics.edited import Edited
-from tav_opt.metrics.masks import fitted_mask
 from tav_opt.metrics.measuring import Networks, measure
 from tav_opt.models import StableDiffusion
 from tav_opt.solvers import solver
@@ -34,6 +33,7 @@ from tav_opt.suite.image_baselines import PlugAndPlay, invert_frames, predict_fr
 from tav_opt.suite.suite_types import Method, Suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Place, Unit, finished, measured_by, model_of
+from tav_opt.video.masks import fitted_mask
 
 FRAMES, CLIP, SOURCE = "frames.npy", "source.mp4", "source.json"
 """Of a source: its frames as they are, a video to be looked at, caption and frames per second."""

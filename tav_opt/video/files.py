@@ -20,6 +20,7 @@ from tav_opt.config import ClipConfig, InputError, PathLike
 from tav_opt.files import check_place, whole
 from tav_opt.video import sound as sounds
 from tav_opt.video.containers import FOLDER_FPS, LOCAL, Limits, Shown, images, moving
+from tav_opt.video.restoring import Shape
 
 ITU709 = 1  # the number in the H.264 standard for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
@@ -38,6 +39,8 @@ class Clip:
     """When its first frame is shown in a video file, in seconds; None where nobody knows, and of what is no file."""
     sound: bytes | None = None
     """That of its frames' time, as a Matroska file; None where the source has none."""
+    shape: Shape | None = None
+    """What its frames were fitted of; None where that is not known."""
 
 
 class Choice(TypedDict, total=False):
@@ -60,7 +63,7 @@ class _Choice:
     uniform: bool = False
     height: int | None = None
     width: int | None = None
-    fit: str = "crop"
+    fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
         if self.start < 0:
@@ -139,6 +142,7 @@ def _choose(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str, l
         raise InputError(f"{name}: {choice.count or 1} frames of {choice.height}×{choice.width} exceed the memory")
     wanted, last = _wanted(source, choice, name)
     pictures: list[np.ndarray] = []
+    shape: Shape | None = None
     times: dict[int, float | None] = {}
     duration = 0.0
     seen = 0
@@ -146,7 +150,10 @@ def _choose(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str, l
         seen = index + 1
         if index not in wanted:
             continue
-        pictures.append(_fitted(frame.picture(), choice))
+        picture = frame.picture()
+        own = Shape(height=picture.height, width=picture.width, fit=choice.fit)
+        shape = shape or own
+        pictures.append(_fitted(picture, choice, own))
         times[index] = frame.time
         duration = duration or frame.duration
         if pictures[-1].shape != pictures[0].shape:
@@ -159,7 +166,7 @@ def _choose(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str, l
     needed = choice.start + 1 if last is None else last + 1
     if seen < needed:
         raise _too_few(name, seen, choice, needed)
-    return Clip(frames=np.stack(pictures), fps=_average_fps(times, duration), begin=times[min(times)])
+    return Clip(frames=np.stack(pictures), fps=_average_fps(times, duration), begin=times[min(times)], shape=shape)
 
 
 def _wanted(source: Callable[[], Iterator[Shown]], choice: _Choice, name: str) -> tuple[Container[int], int | None]:
@@ -195,15 +202,10 @@ def _average_fps(times: dict[int, float | None], duration: float) -> float:
     return 1 / duration if duration > 0 else FOLDER_FPS
 
 
-def _fitted(image: Image.Image, choice: _Choice) -> np.ndarray:  # → (H, W, 3)
+def _fitted(image: Image.Image, choice: _Choice, shape: Shape) -> np.ndarray:  # → (H, W, 3)
     if choice.height is None or choice.width is None or image.size == (choice.width, choice.height):
         return np.asarray(image)
-    width, height = map(float, image.size)
-    if choice.fit == "crop":
-        scale = min(width / choice.width, height / choice.height)
-        width, height = choice.width * scale, choice.height * scale
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
+    box = shape.taken(choice.height, choice.width)
     return np.asarray(image.resize((choice.width, choice.height), Image.Resampling.LANCZOS, box=box))
 
 
@@ -257,6 +259,20 @@ def encode_mp4(
         path = Path(folder) / "clip.mp4"
         _write_mp4(path, frames, fps, _comment(metadata), sound)
         return path.read_bytes()
+
+
+def encode_lossless(frames: np.ndarray) -> bytes:
+    """Frames uint8 (f, H, W, 3) RGB as a Matroska file that keeps every value (FFV1)."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def write_png(path: PathLike, picture: np.ndarray, metadata: Mapping[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Where a picture may change: masks from files."""
+"""Where a picture may change: masks from files, and as a file that a request brings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from tav_opt import video
 from tav_opt.config import ClipConfig, InputError, PathLike
 from tav_opt.video.containers import IMAGES, LOCAL, Limits, Shown, images, moving, still
-from tav_opt.video.files import fitted
+from tav_opt.video.files import encode_lossless, fitted
 
 HALF = 128
 """Of 255, from which on the brightest channel of a picture without a palette says yes."""
@@ -44,6 +44,46 @@ def fitted_mask(path: PathLike, clip: ClipConfig) -> np.ndarray:
     if mask.all():
         raise InputError(f"mask {path} is white all over and leaves no background to compare")
     return mask
+
+
+def of_edit(path: PathLike, source: ClipConfig | None, frames: int, height: int, width: int) -> np.ndarray:
+    """The mask of an edit of so many frames, fitted like its source: bool (1 or frames, height, width).
+
+    An image, or a video of one frame, is for all frames. Of as many frames as the edit, each is of its own; of others
+    those are taken that were taken of the `source`. Raises InputError where it is missing or broken, has other frames
+    and nobody knows which were taken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    own = replace(source or ClipConfig(video=path), video=path, height=height, width=width)
+    whole = replace(own, frames=1, start=0, stride=1, uniform=False)
+    if path.suffix.lower() in IMAGES and path.is_file():
+        mask = fitted(lambda: iter([Shown(0, 1, lambda: _still(path, LOCAL))]), whole)
+    elif (there := _count(path)) in (1, frames):
+        mask = _frames(path, replace(whole, frames=there))
+    elif source is not None:
+        mask = _frames(path, replace(own, frames=frames))
+    else:
+        raise InputError(f"mask {path} has {there} frames: must have 1, or {frames} as the edit has")
+    return mask.max(-1) >= HALF
+
+
+def encoded(mask: np.ndarray) -> bytes:
+    """A mask bool (f, H, W) as the video file that a request brings, without loss."""
+    return encode_lossless(np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1))
+
+
+def of_frames(frames: np.ndarray) -> np.ndarray:
+    """The mask bool (f, H, W) that decoded frames uint8 (f, H, W, 3) show."""
+    return frames.max(-1) >= HALF
+
+
+def _count(path: Path) -> int:
+    if path.is_dir():
+        return sum(1 for _ in images(path, LOCAL))
+    with path.open("rb") as file:
+        return sum(1 for _ in moving(file, str(path), LOCAL))
 
 
 def _frames(path: Path, clip: ClipConfig | Path) -> np.ndarray:
