@@ -74,7 +74,7 @@ def test_what_is_asked_for_is_answered_and_all_settings_are_described():
 def test_files_of_a_finished_video_are_sent_as_described():
     client = TestClient(APP, headers=HEADERS)
     made = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
-    WORLD.jobs.complete(made, WORLD.files.store(made, EDIT), 60)
+    WORLD.jobs.complete(made, WORLD.files.store(made, EDIT, "x"), 60)
     for variant, kind in (("video", "video/mp4"), ("thumbnail", "image/png"), ("spritesheet", "image/png")):
         answer = client.get(f"/v1/videos/{made}/content", params={"variant": variant})
         assert answer.headers["content-type"] == kind and answer.content == WORLD.files.path(made, variant).read_bytes()
