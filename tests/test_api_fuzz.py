@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,28 +24,20 @@ from tav_opt.contract import STREAM_INPUTS
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("fuzz") / "jobs", queue=10_000)
+FOLDER = tempfile.TemporaryDirectory(prefix="tav-opt-api-")
+WORLD = World(Path(FOLDER.name) / "jobs", queue=10_000)
 
 
-@pytest.fixture(scope="module")
-def app(world: World) -> Any:
-    """Before a server that tells of its clip, and with nobody at work on the jobs."""
+def before_a_server(world: World) -> Any:
+    """The application before a server that tells of its clip, with nobody at work on the jobs."""
     client: Any = Fake()
     runner = Runner(world.config, world.jobs, world.files, client)
-    found = Service(
-        config=world.config, keys=Keys({KEY: "anna"}), jobs=world.jobs, files=world.files, runner=runner, client=client
-    )
-    return application(found)
+    parts = {"config": world.config, "jobs": world.jobs, "files": world.files, "runner": runner, "client": client}
+    return application(Service(keys=Keys({KEY: "anna"}), **parts))
 
 
-@pytest.fixture(scope="module")
-def described(app: Any) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", app)
-
-
-SCHEMA = schemathesis.pytest.from_fixture("described")
+APP = before_a_server(WORLD)
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -63,44 +57,52 @@ def test_very_many_of_them(case):
     case.call_and_validate(headers=HEADERS, excluded_checks=[positive_data_acceptance])
 
 
-def test_what_is_asked_for_is_answered_and_all_settings_are_described(world, app):
-    client = TestClient(app, headers=HEADERS)
+def test_what_is_asked_for_is_answered_and_all_settings_are_described():
+    client = TestClient(APP, headers=HEADERS)
     body = {"model": "toy@fast", "prompt": "x", "seed": 3, "seconds": "0.5", "size": "48x32"}
     found = client.post("/v1/videos", json=body)
-    assert found.status_code == 200 and found.json()["queue_position"] == world.jobs.unfinished_of("anna") - 1
+    assert found.status_code == 200 and found.json()["queue_position"] == WORLD.jobs.unfinished_of("anna") - 1
     paths = client.get("/openapi.json").json()["paths"]
     content = paths["/v1/videos"]["post"]["requestBody"]["content"]
     for kind in ("application/json", "multipart/form-data"):
         assert {t.name for t in STREAM_INPUTS} - set(SPOKEN_FOR) <= set(content[kind]["schema"]["properties"])
-    assert {route.path for route in app.routes if route.path.startswith("/v1")} <= set(paths)
+    assert set(paths) == {"/health", "/v1/models", "/v1/models/{name}", "/v1/videos", "/v1/videos/edits"} | {
+        f"/v1/videos/{{video_id}}{end}" for end in ("", "/content", "/events")
+    }
 
 
-def test_files_of_a_finished_video_are_sent_as_described(world, app):
-    client = TestClient(app, headers=HEADERS)
+def test_files_of_a_finished_video_are_sent_as_described():
+    client = TestClient(APP, headers=HEADERS)
     made = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
-    world.jobs.complete(made, world.files.store(made, EDIT), 60)
+    WORLD.jobs.complete(made, WORLD.files.store(made, EDIT, "x"), 60)
     for variant, kind in (("video", "video/mp4"), ("thumbnail", "image/png"), ("spritesheet", "image/png")):
         answer = client.get(f"/v1/videos/{made}/content", params={"variant": variant})
-        assert answer.headers["content-type"] == kind and answer.content == world.files.path(made, variant).read_bytes()
+        assert answer.headers["content-type"] == kind and answer.content == WORLD.files.path(made, variant).read_bytes()
     part = client.get(f"/v1/videos/{made}/content", headers={**HEADERS, "Range": "bytes=0-9"})
     assert part.status_code == 206 and len(part.content) == 10
-    world.files.remove(made)
+    WORLD.files.remove(made)
     assert client.get(f"/v1/videos/{made}/content").status_code == 404
 
 
 @pytest.mark.parametrize(
     "path", ["/v1/videos/../../../etc/passwd", "/v1/videos/%2e%2e%2f%2e%2e%2fetc/content", "/v1/videos/x/y"]
 )
-def test_ids_are_no_paths(app, path):
-    answer = TestClient(app, headers=HEADERS).get(path)
+def test_ids_are_no_paths(path):
+    answer = TestClient(APP, headers=HEADERS).get(path)
     assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_full_disk_is_told_as_such(app, world, monkeypatch):
-    client = TestClient(app, headers=HEADERS, raise_server_exceptions=False)
-    world.jobs._db.execute("pragma max_page_count = 1")  # none may be added to those there are
+def test_a_full_disk_is_told_as_such():
+    client = TestClient(APP, headers=HEADERS, raise_server_exceptions=False)
+    WORLD.jobs._db.execute("pragma max_page_count = 1")  # none may be added to those there are
     try:
         answers = [client.post("/v1/videos", json={"prompt": "x" * 4000}) for _ in range(20)]
     finally:
-        world.jobs._db.execute("pragma max_page_count = 1000000")
+        WORLD.jobs._db.execute("pragma max_page_count = 1000000")
     assert answers[-1].status_code == 503 and answers[-1].json()["error"]["code"] == "storage_full"
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("GET", "/edits"), ("DELETE", "/edits"), ("POST", "/x")])
+def test_other_methods_are_told_which_there_are(method, path):
+    answer = TestClient(APP, headers=HEADERS).request(method, f"/v1/videos{path}")
+    assert answer.status_code == 405 and answer.headers["allow"] and answer.json()["error"]["message"]

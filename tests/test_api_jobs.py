@@ -266,7 +266,7 @@ def test_after_kills_a_job_is_run_again_once(world, one):
 
 def test_what_was_whole_on_the_disk_at_a_kill_is_not_made_again(world, one):
     world.jobs.take()
-    world.files.store(one.id, EDIT)
+    world.files.store(one.id, EDIT, "x")
     client = Fake()
     world.work(client, world.ends(one))
     assert client.streams == 0 and world.status(one) == "completed"
@@ -302,7 +302,7 @@ def test_finished_jobs_expire_and_those_that_no_server_takes_fail(tmp_path):
     done, waiting = job(), job(created_at=time.time() - 60)
     world.jobs.add(done, 9)
     world.jobs.take()
-    world.jobs.complete(done.id, world.files.store(done.id, EDIT), -1)
+    world.jobs.complete(done.id, world.files.store(done.id, EDIT, "x"), -1)
     world.jobs.add(waiting, 9)
     client = Fake(*[before(Unreachable("no server"))] * 100)
     world.work(client, lambda: world.status(done) == "removed" and world.status(waiting) == "failed")

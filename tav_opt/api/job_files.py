@@ -67,8 +67,8 @@ class JobFiles:
         """Where it lies."""
         return self._folder / job_id / f"{name}.upload"
 
-    def store(self, job_id: str, edit: Edit) -> Outcome:
-        """The server's video with its pictures, all or nothing; the uploads are needed no more."""
+    def store(self, job_id: str, edit: Edit, caption: str) -> Outcome:
+        """The server's video with its pictures, all or nothing, a sheet with a caption; the uploads go."""
         (mp4,) = edit.videos
         frames = video.decode(mp4, LOCAL).frames
         height, width = frames.shape[1:3]
@@ -77,7 +77,7 @@ class JobFiles:
             folder.mkdir()
             (folder / FILES["video"][0]).write_bytes(mp4)
             video.write_png(folder / FILES["thumbnail"][0], frames[len(frames) // 2])
-            video.write_png(folder / FILES["spritesheet"][0], contact_sheet([frames], [""]))
+            video.write_png(folder / FILES["spritesheet"][0], contact_sheet([frames], [caption]))
             (folder / _OUTCOME).write_text(json.dumps(told | {"settings": edit.metadata[0]}))
         for upload in (self._folder / job_id).glob("*.upload"):
             upload.unlink()

@@ -155,7 +155,7 @@ class Runner:
         """Nothing is awaited between what the table says of the end and the end: the next run may begin at once."""
         try:
             edit = await self._edit(job)
-            outcome = await _to_its_end(asyncio.to_thread(self._files.store, job.id, edit))
+            outcome = await _to_its_end(asyncio.to_thread(self._files.store, job.id, edit, job.prompt))
             self._jobs.complete(job.id, outcome, self._keep_seconds)
             self.make_room(0)
         except Unreached as why:

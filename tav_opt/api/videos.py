@@ -24,11 +24,15 @@ from tav_opt.api.service import Service
 
 QUIET_SECONDS = 15.0
 """After so long without news those who wait for progress are told that somebody is there."""
+_EDITS = "edits"
+"""A route where the id of a video stands in others."""
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 
 def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService) -> Job:
     """The one of the path; raises Refused where there is none of this owner."""
+    if video_id == _EDITS:
+        raise Refused(405, f"{router.prefix}/{_EDITS} is asked by POST", Allow="POST")
     job = service.jobs.get(video_id, owner)
     if job is None:
         raise Refused(404, f"video {video_id[:63]!r} is unknown", "not_found")
@@ -44,7 +48,7 @@ async def create_video(request: Request, owner: Owner, service: TheService) -> V
     return await _create(request, owner, service, "videos")
 
 
-@router.post("/edits", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
+@router.post(f"/{_EDITS}", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
 async def edit_video(request: Request, owner: Owner, service: TheService) -> Video:
     """Asks for an edit of a video: one that is sent, or one that was made here."""
     return await _create(request, owner, service, "edits")

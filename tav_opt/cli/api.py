@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import tyro
 
-from tav_opt.api.api_config import ApiConfig, checked
+from tav_opt.api.api_config import ApiConfig
 from tav_opt.config import InputError
 
 
 def run(arguments: Sequence[str]) -> int:
     """Answer OpenAI's videos API for the clips of a running server."""
-    config = checked(tyro.cli(ApiConfig, prog="tav-opt api", args=arguments))
+    config = tyro.cli(ApiConfig, prog="tav-opt api", args=arguments)
     try:
         from tav_opt.api import listening
     except ModuleNotFoundError as missing:
