@@ -40,7 +40,7 @@ def three(golden: Path, folder: Path, steps: int) -> Path:
 @pytest.fixture
 def suite(golden: Path, tmp_path: Path) -> Path:
     """Three videos, tuned for long enough to be killed amid it."""
-    return three(golden, tmp_path, 60)
+    return three(golden, tmp_path, 30)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def amid_tuning(out: Path) -> tuple[Path, int]:
     for _ in range(3000):
         for folder in (out / "units" / "tune").glob("*"):
             steps = tuning_state.saved_steps(folder)
-            if steps is not None and 2 < steps < 50:
+            if steps is not None and 2 < steps < 20:
                 return folder, steps
         time.sleep(0.1)
     raise AssertionError("nothing is being tuned")
