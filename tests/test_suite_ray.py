@@ -27,15 +27,26 @@ pytestmark = pytest.mark.full
 """Ray alone takes half a minute to start and to end on two cores."""
 
 
+def three(golden: Path, folder: Path, steps: int) -> Path:
+    """A suite of three videos."""
+    model = golden / "reference_checkpoint" / "sd"
+    for number in range(3):
+        random_video(folder / f"v{number}.mp4", seed=number)
+    videos = [entry(f"v{number}.mp4") for number in range(3)]
+    tune = {"steps": steps, "inversion_steps": 2, "save_every": 1}
+    return written(folder, settings(model, tune=tune, videos=videos))
+
+
 @pytest.fixture
 def suite(golden: Path, tmp_path: Path) -> Path:
     """Three videos, tuned for long enough to be killed amid it."""
-    model = golden / "reference_checkpoint" / "sd"
-    for number in range(3):
-        random_video(tmp_path / f"v{number}.mp4", seed=number)
-    videos = [entry(f"v{number}.mp4") for number in range(3)]
-    tune = {"steps": 60, "inversion_steps": 2, "save_every": 1}
-    return written(tmp_path, settings(model, tune=tune, videos=videos))
+    return three(golden, tmp_path, 30)
+
+
+@pytest.fixture
+def short(golden: Path, tmp_path: Path) -> Path:
+    """Three videos that are soon tuned."""
+    return three(golden, tmp_path, 4)
 
 
 def driver(suite: Path, out: Path, *options: str) -> subprocess.Popen[str]:
@@ -58,7 +69,7 @@ def amid_tuning(out: Path) -> tuple[Path, int]:
     for _ in range(3000):
         for folder in (out / "units" / "tune").glob("*"):
             steps = tuning_state.saved_steps(folder)
-            if steps is not None and 2 < steps < 50:
+            if steps is not None and 2 < steps < 20:
                 return folder, steps
         time.sleep(0.1)
     raise AssertionError("nothing is being tuned")
@@ -119,9 +130,9 @@ def test_a_driver_that_was_killed_goes_on(suite: Path, tmp_path: Path) -> None:
     assert len(list((out / "units").glob("*/*/unit.json"))) == 12
 
 
-def test_a_broken_clip_is_reported_by_workers_too(suite: Path, tmp_path: Path) -> None:
+def test_a_broken_clip_is_reported_by_workers_too(short: Path, tmp_path: Path) -> None:
     (tmp_path / "v1.mp4").write_bytes((tmp_path / "v1.mp4").read_bytes()[:700])
-    process = driver(suite, tmp_path / "out", "--workers", "2")
+    process = driver(short, tmp_path / "out", "--workers", "2")
     _, error = process.communicate()
     assert process.returncode == 1 and "source v1: FAILED" in error and "3 units need what failed" in error
     assert set(tuned(tmp_path / "out")) == {"v0", "v2"}
@@ -150,9 +161,9 @@ def test_a_node_that_is_lost_takes_nothing_with_it(suite: Path, tmp_path: Path, 
     assert set(tuned(out)) == {"v0", "v1", "v2"}
 
 
-def test_clips_on_one_base_do_not_load_it_again(suite: Path, tmp_path: Path) -> None:
+def test_clips_on_one_base_do_not_load_it_again(short: Path, tmp_path: Path) -> None:
     """Tuned and edited on the model that its worker has in hand, which it loads once."""
-    process = driver(suite, tmp_path / "out", "--workers", "1")
+    process = driver(short, tmp_path / "out", "--workers", "1")
     _, error = process.communicate()
     assert process.returncode == 0, error
     abouts = [read_object(path) for path in (tmp_path / "out" / "units").glob("*/*/unit.json")]
@@ -170,24 +181,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_full_disk_ends_all_workers_and_the_same_command_goes_on(suite: Path, small_disk: Path) -> None:
+def test_a_full_disk_ends_all_workers_and_the_same_command_goes_on(short: Path, small_disk: Path) -> None:
     out = small_disk / "out"
-    process = driver(suite, out, "--workers", "2")
+    process = driver(short, out, "--workers", "2")
     _, error = process.communicate()
     assert process.returncode == 2 and "disk full while writing" in error.splitlines()[-1], error
     whole = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*/*/unit.json")}
     assert whole and len(whole) < 12, "the sources have room, checkpoints have not"
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
-    process = driver(suite, out, "--workers", "2")
+    process = driver(short, out, "--workers", "2")
     _, error = process.communicate()
     assert process.returncode == 0 and "FAILED" not in error, error
     assert all(path.stat().st_mtime_ns == written_at for path, written_at in whole.items())
     assert len(list((out / "units").glob("*/*/unit.json"))) == 12
 
 
-def test_many_clips_are_tuned_by_workers(suite: Path, tmp_path: Path) -> None:
+def test_many_clips_are_tuned_by_workers(short: Path, tmp_path: Path) -> None:
     (tmp_path / "clips.csv").write_text("video,prompt\nv0.mp4,a dog\nv1.mp4,a cat\n")
-    model = read_suite(suite).model
+    model = read_suite(short).model
     sizes = ["--frames", "3", "--height", "64", "--width", "64", "--steps", "2", "--inversion-steps", "2"]
     given = ["tune", "--model", str(model), "--many", str(tmp_path / "clips.csv"), "--out", str(tmp_path / "out")]
     code = "import sys; from tav_opt.cli import main; sys.exit(main())"

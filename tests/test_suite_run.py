@@ -476,7 +476,8 @@ def test_each_model_is_loaded_once_for_all_that_need_it(
     small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Clips are tuned and edited on one base, then the image model does its units, whatever the suite's order."""
-    videos = [entry("dog.mp4"), entry("dog.mp4", name="other")]
+    random_video(tmp_path / "other.mp4", seed=1)
+    videos = [entry("dog.mp4"), entry("other.mp4")]
     methods = {"ours": None, "per-frame": None, "from-noise": {"edit": {"inversion": False}}}
     status, _, error = evaluate(capsys, small(videos=videos, methods=methods), "--out", tmp_path / "out")
     assert status == 0, error
