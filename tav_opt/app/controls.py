@@ -20,7 +20,7 @@ ELSEWHERE = ("clip", "prompt", "negative_prompt", "preset", "video", "source_fra
 ON, OFF = "on", "off"
 
 
-MOST = 2**31
+MOST = 10**5
 """A range that ends above is not worth its digits."""
 
 
@@ -48,7 +48,7 @@ class Setting:
         said: dict[str, Any] = {"label": self.label, "info": info, "min_width": 150} | more
         usual = "not given" if self.default is None else f"default: {words(self.default)}"
         if self.filled_in:
-            usual = f"clip's, preset's, or {words(self.default)}"
+            usual = f"clip's, or {words(self.default)}"
         if self.kind is bytes:
             said.pop("info")
             return gr.File(label=f"{self.label}: {info}", type="filepath", min_width=150)

@@ -55,24 +55,24 @@ class TuneTab:
             self.model = gr.Dropdown(labels, value=models[0], label="Base model", elem_id="model", min_width=150)
         with gr.Accordion("Frames and size", open=True):
             self.clip_shown = controls.drawer(self.clip_settings, prefix="clip")
-        self.frames = gr.HTML(elem_id="frames")
-        self.needed = gr.HTML(elem_id="needed")
+        self.frames = gr.HTML(elem_id="frames", elem_classes="tav-slot")
+        self.needed = gr.HTML(elem_id="needed", elem_classes="tav-slot")
         self.train_shown = controls.drawer(self.train_settings, prefix="train")
         with gr.Accordion("Advanced", open=False):
             self.more_shown = controls.drawer(self.more_settings, prefix="train")
         self.begin = gr.Button("Tune", variant="primary", elem_id="tune")
 
     def _outputs(self) -> None:
+        self.run = gr.Dropdown(self.runs.names(), value=None, label="Run", elem_id="run")
         with gr.Row():
-            self.run = gr.Dropdown(self.runs.names(), value=None, label="Run", elem_id="run", scale=3, min_width=150)
-            self.stop = gr.Button("Stop", elem_id="tune-stop", scale=1, min_width=80)
-            self.go_on = gr.Button("Go on", elem_id="go-on", scale=1, min_width=80)
-        self.failure = gr.HTML(elem_id="tune-failure")
-        self.status = gr.HTML(elem_id="tune-status")
+            self.stop = gr.Button("Stop", elem_id="tune-stop", min_width=80)
+            self.go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
+        self.failure = gr.HTML(elem_id="tune-failure", elem_classes="tav-slot")
+        self.status = gr.HTML(elem_id="tune-status", elem_classes="tav-slot")
         self.loss = gr.LinePlot(x="step", y="loss", height=230, label="Loss", elem_id="loss", buttons=[])
-        self.previews = gr.HTML(elem_id="previews")
+        self.previews = gr.HTML(elem_id="previews", elem_classes="tav-slot")
         self.export = gr.Button("Export: edit it on the first tab", elem_id="export")
-        self.exported = gr.HTML(elem_id="exported")
+        self.exported = gr.HTML(elem_id="exported", elem_classes="tav-slot")
 
     def _events(self) -> None:
         told = [self.status, self.failure, self.loss, self.previews, self.timer]
