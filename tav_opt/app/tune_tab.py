@@ -17,7 +17,7 @@ from tav_opt.app import controls, markup
 from tav_opt.app.app_config import AppConfig
 from tav_opt.app.edit_tab import AT_ONCE, Updates
 from tav_opt.app.tuner import CHECKPOINT
-from tav_opt.app.tuning_estimate import estimate, suited
+from tav_opt.app.tuning_estimate import SUITED, estimate, suited
 from tav_opt.app.tuning_runs import Told, TuningRuns
 from tav_opt.config import ClipConfig, InputError, TrainConfig, check_numbers, first_line
 
@@ -34,8 +34,8 @@ class TuneTab:
 
     def __init__(self, config: AppConfig, runs: TuningRuns) -> None:
         self.config, self.runs = config, runs
-        self.clip_settings = controls.of_fields(ClipConfig, CHOSEN)
-        self.train_settings = controls.of_fields(TrainConfig, FIRST)
+        self.clip_settings = controls.of_fields(ClipConfig, CHOSEN, of_model=SUITED)
+        self.train_settings = controls.of_fields(TrainConfig, FIRST, of_model=SUITED)
         self.more_settings = controls.of_fields(TrainConfig, without=FIRST)
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
