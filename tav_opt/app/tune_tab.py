@@ -147,10 +147,11 @@ class TuneTab:
 
     def begun(self, caption: str, name: str, path: str | None, model: str, *shown: Any) -> Updates:
         """A new run, which is watched from now on."""
+        from tav_opt import tuning
+
         try:
             clip, train = self._read(path, model, shown)
-            if not caption.strip():
-                raise InputError("no caption: say what the video shows")
+            tuning.check(train, caption)
             self.runs.begin(name.strip(), clip.video, _written(caption, model, clip, train))
         except Exception as error:
             return {self.failure: markup.error(_said(error))}
