@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +55,12 @@ class Tab:
 
     def set(self, name: str, value: object) -> None:
         """A field, by its element's id."""
-        field = self.page.locator(f"#{name} textarea, #{name} input").first
+        field = self.field(name)
         field.fill(str(value))
         field.press("Tab")
+
+    def field(self, name: str) -> Any:
+        return self.page.locator(f"#{name} textarea, #{name} input").first
 
     def advanced(self, **values: object) -> None:
         """Settings in the drawer, which is opened where it is not."""
@@ -85,12 +89,14 @@ class Tab:
     def until_two(self) -> None:
         self.wait("[...document.querySelectorAll('#stage video')].filter(v => v.readyState >= 2).length == 2")
 
-    def saved(self, kind: str) -> Any:
-        """The path of a file that the page offers."""
+    def saved(self, kind: str) -> Path:
+        """A file that the page offers."""
         self.page.wait_for_selector(f"#download-{kind}:not([disabled])")
         with self.page.expect_download() as found:
             self.page.click(f"#download-{kind}")
-        return found.value.path()
+        path = Path(tempfile.mkdtemp()) / f"edit.{kind}"
+        found.value.save_as(path)
+        return path
 
     def fits(self) -> bool:
         """Whether nothing sticks out at the side."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 import ssl
+import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import yaml
 from browser import dropped_video
 from exported import FRAMES, Exported, export_once
 from served import until
@@ -327,3 +333,30 @@ def test_the_demo_names_the_command(monkeypatch):
     monkeypatch.setattr(run, "shutil", SimpleNamespace(which=lambda name: None))
     monkeypatch.setattr(run, "sys", SimpleNamespace(argv=[".venv/bin/tav-opt", "demo"]))
     assert run._command() == ".venv/bin/tav-opt"
+
+
+@pytest.mark.full
+def test_the_space_fetches_clips_and_opens_the_page(exported, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(__file__).parents[1] / "examples" / "space" / "app.py"
+    settings = {"CLIPS": f"file://{exported.repository}", "GRADIO_SERVER_NAME": "127.0.0.1"}
+    environment = os.environ | settings | {"GRADIO_SERVER_PORT": str(port)}
+    with subprocess.Popen([sys.executable, program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as space:
+        try:
+            assert space.stdout is not None and b"first: fetched" in space.stdout.readline()
+            assert f"http://127.0.0.1:{port}".encode() in space.stdout.readline()
+            assert get(f"http://127.0.0.1:{port}") == 200
+        finally:
+            space.terminate()
+    refused = subprocess.run([sys.executable, program], env=os.environ | {"CLIPS": ""}, capture_output=True, text=True)
+    assert refused.returncode == 1 and "CLIPS" in refused.stderr
+
+
+def test_the_space_names_the_gradio_that_is_tested():
+    root = Path(__file__).parents[1]
+    front = yaml.safe_load((root / "examples/space/README.md").read_text().split("---")[1])
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.MULTILINE))
+    assert front["sdk"] == "gradio" and front["sdk_version"] == pins["gradio"]
+    assert (root / "examples/space" / front["app_file"]).is_file()

@@ -20,7 +20,7 @@ ELSEWHERE = ("clip", "prompt", "negative_prompt", "preset", "video", "source_fra
 ON, OFF = "on", "off"
 
 
-MOST = 2**31
+MOST = 10**5
 """A range that ends above is not worth its digits."""
 
 
@@ -34,8 +34,8 @@ class Setting:
     doc: str = ""
     default: Any = None
     within: Within | None = None
-    filled_in: bool = False
-    """A clip or a preset may have another default."""
+    filled_in: str = ""
+    """Who may have another default."""
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Setting:
         said: dict[str, Any] = {"label": self.label, "info": info, "min_width": 150} | more
         usual = "not given" if self.default is None else f"default: {words(self.default)}"
         if self.filled_in:
-            usual = f"clip's, preset's, or {words(self.default)}"
+            usual = f"{self.filled_in}'s, or {words(self.default)}"
         if self.kind is bytes:
             said.pop("info")
             return gr.File(label=f"{self.label}: {info}", type="filepath", min_width=150)
@@ -113,8 +113,13 @@ def _kind(hint: Any) -> Any:
     return hint if hint in (int, float, bool, str, bytes) or get_origin(hint) is tuple else None
 
 
-def of_fields(kind: type, names: Collection[str] | None = None, *, without: Collection[str] = ()) -> list[Setting]:
-    """A configuration's settings, in its order; those that no control holds (paths, other configurations) are not."""
+def of_fields(
+    kind: type, names: Collection[str] | None = None, *, without: Collection[str] = (), of_model: Collection[str] = ()
+) -> list[Setting]:
+    """A configuration's settings, in its order, without those that no control holds (paths, other configurations).
+
+    `of_model`: those that a model may have another default for.
+    """
     hints, docs, within = get_type_hints(kind), described(kind), ranges(kind)
     found = []
     for one in fields(kind):
@@ -122,7 +127,12 @@ def of_fields(kind: type, names: Collection[str] | None = None, *, without: Coll
         if held is not None and one.name not in without and (names is None or one.name in names):
             default = None if one.default is MISSING else one.default
             setting = Setting(
-                name=one.name, kind=held, doc=docs.get(one.name, ""), default=default, within=within.get(one.name)
+                name=one.name,
+                kind=held,
+                doc=docs.get(one.name, ""),
+                default=default,
+                within=within.get(one.name),
+                filled_in="model" if one.name in of_model else "",
             )
             found.append(setting)
     return found
@@ -139,7 +149,7 @@ def of_an_edit() -> list[Setting]:
             doc=tensor.doc,
             default=known[tensor.name].default,
             within=known[tensor.name].within,
-            filled_in=tensor.name in FILLED_IN,
+            filled_in="clip" if tensor.name in FILLED_IN else "",
         )
         for tensor in tensors
     ]

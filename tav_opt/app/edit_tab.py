@@ -92,7 +92,7 @@ class EditTab:
             self.stop = gr.Button("Cancel", elem_id="cancel", scale=1)
 
     def _outputs(self) -> None:
-        self.failure = gr.HTML(elem_id="failure")
+        self.failure = gr.HTML(elem_id="failure", elem_classes="tav-slot")
         self.status = gr.HTML(elem_id="status")
         self.stage = gr.HTML(EMPTY, elem_id="stage")
         self.which = gr.Radio([], label="Edit", visible=False, elem_id="which")

@@ -128,6 +128,7 @@ def _theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     ).set(
+        body_background_fill="*neutral_100",
         block_title_background_fill="none",
         block_title_background_fill_dark="none",
         block_title_padding="0",

@@ -17,7 +17,7 @@ from tav_opt.app import controls, markup
 from tav_opt.app.app_config import AppConfig
 from tav_opt.app.edit_tab import AT_ONCE, Updates
 from tav_opt.app.tuner import CHECKPOINT
-from tav_opt.app.tuning_estimate import estimate, suited
+from tav_opt.app.tuning_estimate import SUITED, estimate, suited
 from tav_opt.app.tuning_runs import Told, TuningRuns
 from tav_opt.config import ClipConfig, InputError, TrainConfig, check_numbers, first_line
 
@@ -34,8 +34,8 @@ class TuneTab:
 
     def __init__(self, config: AppConfig, runs: TuningRuns) -> None:
         self.config, self.runs = config, runs
-        self.clip_settings = controls.of_fields(ClipConfig, CHOSEN)
-        self.train_settings = controls.of_fields(TrainConfig, FIRST)
+        self.clip_settings = controls.of_fields(ClipConfig, CHOSEN, of_model=SUITED)
+        self.train_settings = controls.of_fields(TrainConfig, FIRST, of_model=SUITED)
         self.more_settings = controls.of_fields(TrainConfig, without=FIRST)
         with gr.Row(equal_height=False):
             with gr.Column(scale=6, min_width=320):
@@ -55,24 +55,24 @@ class TuneTab:
             self.model = gr.Dropdown(labels, value=models[0], label="Base model", elem_id="model", min_width=150)
         with gr.Accordion("Frames and size", open=True):
             self.clip_shown = controls.drawer(self.clip_settings, prefix="clip")
-        self.frames = gr.HTML(elem_id="frames")
-        self.needed = gr.HTML(elem_id="needed")
+        self.frames = gr.HTML(elem_id="frames", elem_classes="tav-slot")
+        self.needed = gr.HTML(elem_id="needed", elem_classes="tav-slot")
         self.train_shown = controls.drawer(self.train_settings, prefix="train")
         with gr.Accordion("Advanced", open=False):
             self.more_shown = controls.drawer(self.more_settings, prefix="train")
         self.begin = gr.Button("Tune", variant="primary", elem_id="tune")
 
     def _outputs(self) -> None:
+        self.run = gr.Dropdown(self.runs.names(), value=None, label="Run", elem_id="run")
         with gr.Row():
-            self.run = gr.Dropdown(self.runs.names(), value=None, label="Run", elem_id="run", scale=3, min_width=150)
-            self.stop = gr.Button("Stop", elem_id="tune-stop", scale=1, min_width=80)
-            self.go_on = gr.Button("Go on", elem_id="go-on", scale=1, min_width=80)
-        self.failure = gr.HTML(elem_id="tune-failure")
-        self.status = gr.HTML(elem_id="tune-status")
+            self.stop = gr.Button("Stop", elem_id="tune-stop", min_width=80)
+            self.go_on = gr.Button("Go on", elem_id="go-on", min_width=80)
+        self.failure = gr.HTML(elem_id="tune-failure", elem_classes="tav-slot")
+        self.status = gr.HTML(elem_id="tune-status", elem_classes="tav-slot")
         self.loss = gr.LinePlot(x="step", y="loss", height=230, label="Loss", elem_id="loss", buttons=[])
-        self.previews = gr.HTML(elem_id="previews")
+        self.previews = gr.HTML(elem_id="previews", elem_classes="tav-slot")
         self.export = gr.Button("Export: edit it on the first tab", elem_id="export")
-        self.exported = gr.HTML(elem_id="exported")
+        self.exported = gr.HTML(elem_id="exported", elem_classes="tav-slot")
 
     def _events(self) -> None:
         told = [self.status, self.failure, self.loss, self.previews, self.timer]
@@ -147,10 +147,11 @@ class TuneTab:
 
     def begun(self, caption: str, name: str, path: str | None, model: str, *shown: Any) -> Updates:
         """A new run, which is watched from now on."""
+        from tav_opt import tuning
+
         try:
             clip, train = self._read(path, model, shown)
-            if not caption.strip():
-                raise InputError("no caption: say what the video shows")
+            tuning.check(train, caption)
             self.runs.begin(name.strip(), clip.video, _written(caption, model, clip, train))
         except Exception as error:
             return {self.failure: markup.error(_said(error))}

@@ -38,6 +38,10 @@ def estimate(model: str, train: TrainConfig, frames: int, height: int, width: in
     return f"Tuning {asked} needs about {_gib(least)}, but {has}: take fewer frames or a smaller size.", False
 
 
+SUITED = ("height", "width", "lr", "steps", "uniform")
+"""What `suited` may tell."""
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
