@@ -120,7 +120,7 @@ def test_without_words_the_source_stands_where_the_predictions_agree():
     same = Kept(START.expand(STEPS + 1, -1, -1, -1, -1))
     found = sampled(Differs(), same, blend="changes")
     assert torch.equal(found[..., :1], START[..., :1]), "the column beside the changes may change too, by the pooling"
-    assert ((found - START)[..., 2:].abs() > 0.01).all()
+    assert (found - START)[..., 2:].abs().mean() > 0.05
 
 
 def test_a_mask_is_smooth_over_frames_and_of_the_clips_own_most():
