@@ -58,14 +58,13 @@ class Row:
 def main(config: Keeping) -> int:
     """Prints a row a prompt and the figures, keeps both and the sheets; returns the exit status."""
     judge, rows = Judge.open(), list[Row]()
-    for source in sources():
-        if source.name in config.clips:
-            for row in _edited(judge, source, config):
-                print(_line(row), flush=True)
-                rows.append(row)
-                write_json(
-                    config.out, {"command": " ".join(sys.argv), "machine": machine(), "rows": list(map(vars, rows))}
-                )
+    by_name = {source.name: source for source in sources()}
+    for name in config.clips:
+        for row in _edited(judge, by_name[name], config):
+            print(_line(row), flush=True)
+            rows.append(row)
+            told = {"command": " ".join(sys.argv), "machine": machine(), "rows": [vars(row) for row in rows]}
+            write_json(config.out, told)
     figures = [figure for keep in config.keep for figure in _figures(keep, [row for row in rows if row.keep == keep])]
     print("\n| figure | measured | goal | met |\n|---|---:|---|---|")
     print("\n".join(map(str, figures)))
@@ -90,8 +89,8 @@ def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
             found.append({name: float(value) for name, value in judged.items()} | {"seconds": seconds})
             sheet.append(frames)
             captions.append(f"{prompt}, keep {settings.keep}" if settings.keep else prompt)
+        Image.fromarray(contact_sheet.contact_sheet(sheet, captions)).save(config.folder / f"keep-{source.name}.png")
         yield Row(clip=source.name, keep=keep, prompt=prompt, without=found[0], kept=found[1])
-    Image.fromarray(contact_sheet.contact_sheet(sheet, captions)).save(config.folder / f"keep-{source.name}.png")
 
 
 def psnr(frames: np.ndarray, source: Source) -> float:

@@ -51,11 +51,9 @@ def _check_control(config: EditConfig) -> None:
     for given in config.word_weights:
         token_map.weight_of(given)
     filled = config.filled()
-    if not config.controlled and (config.source_prompt is not None or filled.direct_inversion):
+    if not config.beside and (config.source_prompt is not None or filled.direct_inversion):
         name = "direct inversion" if filled.direct_inversion else "source prompt"
-        raise InputError(
-            f"{name} would change nothing: nothing is replaced, blended or weighted, and keep is not given"
-        )
+        raise InputError(f"{name} would change nothing: nothing of the source is replaced or blended")
     if filled.direct_inversion and not config.inversion:
         raise InputError("direct inversion without inversion: there is no trajectory to go back to")
     if filled.direct_inversion and config.inversion_steps not in (None, config.steps):

@@ -12,6 +12,7 @@ from exported import tuned
 from torch import Tensor
 
 from tav_opt import checkpoint, cli, ddim, editing, inversion
+from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words, where_to_change
 from tav_opt.config import EditConfig, InputError, InversionConfig
 from tav_opt.ddim import Known
@@ -120,7 +121,7 @@ def test_without_words_the_source_stands_where_the_predictions_agree():
     same = Kept(START.expand(STEPS + 1, -1, -1, -1, -1))
     found = sampled(Differs(), same, blend="changes")
     assert torch.equal(found[..., :1], START[..., :1]), "the column beside the changes may change too, by the pooling"
-    assert ((found - START)[..., 2:].abs() > 0.01).all()
+    assert (found - START)[..., 2:].abs().mean() > 0.05
 
 
 def test_a_mask_is_smooth_over_frames_and_of_the_clips_own_most():
@@ -229,15 +230,13 @@ def test_what_makes_no_sense_is_named(engine, settings, words):
 
 
 def test_the_sources_row_is_counted_in_memory(engine, monkeypatch):
-    sizes = engine.info.frames, engine.info.height, engine.info.width
-    two, three = (eager.working_bytes(engine.sd, *sizes, rows) for rows in (2, 3))
-    monkeypatch.setattr(eager, "_LIBRARIES", 0)
-    free = eager.working_bytes(engine.sd, *sizes, 2)
-    assert two < three
+    """Of so many frames that the UNet, and not the VAE, is what takes the most."""
+    long = replace(engine, info=replace(engine.info, frames=1000))
+    free = eager.working_bytes(engine.sd, 1000, engine.info.height, engine.info.width, rows=2)
     monkeypatch.setattr(eager, "free_bytes", lambda _: free)
-    editing.encode_prompts(engine, config())
-    with pytest.raises(InputError, match="GiB"):
-        editing.encode_prompts(engine, config(keep="motion"))
+    long.check_told(("text",))
+    with pytest.raises(InputError, match="editing 1000 frames"):
+        long.check_told(("text", *CONTROL))
 
 
 def test_the_command_keeps_the_background(golden, tmp_path, capsys):
