@@ -87,4 +87,4 @@ def test_a_full_range_source_goes_through_unchanged():
     read = video.decode(encoded(planes(rgb, "BT.601", FULL), "BT.601", FULL, "yuv420p")).frames
     again = video.decode(video.encode_mp4(read, 8)).frames
     middles = (slice(None), *(slice(PATCH // 2, None, PATCH),) * 2)
-    assert np.abs(again[middles].astype(int) - rgb[None][middles]).max() <= 4
+    assert np.abs(again[middles].astype(int) - rgb[None][middles]).max() <= 6

@@ -25,9 +25,10 @@ from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig, Work
 from tav_opt.contract import from_tensors
 from tav_opt.engines import registry
 from tav_opt.export import exporting
-from tav_opt.metrics import clip_encoder, embeddings, masks, measuring, structure_distance
+from tav_opt.metrics import clip_encoder, embeddings, measuring, structure_distance
 from tav_opt.repository import clips, layout
 from tav_opt.serving.host.serve_config import ServeConfig
+from tav_opt.video import masks
 
 
 class Somewhere:

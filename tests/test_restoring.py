@@ -46,8 +46,8 @@ def test_the_command_writes_at_the_sources_size(golden: Path, tmp_path: Path, ca
     tuning.tune(base, clip, "x", config, tmp_path / "ckpt")
     edit = f"edit {tmp_path / 'ckpt'} --prompt x --steps 1 --out".split()
     for size, shape in (("clip", (SIDE, SIDE)), ("source", (96, 160))):
-        assert cli.main([*edit, str(tmp_path / size), "--size", size]) == 0
-        found = video.read(tmp_path / size).frames
+        assert cli.main([*edit, str(tmp_path / f"as-{size}"), "--size", size]) == 0
+        found = video.read(tmp_path / f"as-{size}").frames
         assert found.shape == (FRAMES, *shape, 3)
     assert not found[:, :, :32].any() and not found[:, :, 128:].any() and found[:, :, 32:128].any()
     tuning.tune(base, video.Clip(frames=clip.frames, fps=8), "x", config, tmp_path / "sizeless")
