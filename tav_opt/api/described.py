@@ -75,5 +75,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 def methods(app: FastAPI, path: str) -> str:
     """By which a path is asked, as the header Allow has it; a path of its own goes before those with parameters."""
     paths = app.openapi()["paths"]
-    found = paths.get(path) or next((paths[one] for one in paths if compile_path(one)[0].match(path)), {})
+    found: dict[str, Any] = paths.get(path) or next(
+        (paths[one] for one in paths if compile_path(one)[0].match(path)), {}
+    )
     return ", ".join(name.upper() for name in found)
