@@ -156,7 +156,8 @@ def sample(
     batches = text[1 : 1 + len(config.prompts)].split(1 if config.controlled else at_once)
     total = config.steps * len(batches)
     for number, batch in enumerate(batches):
-        predict, step = engine.predict, solver(config.solver, config.steps)
+        predict: ddim.Predict = engine.predict
+        step = solver(config.solver, config.steps)
         if config.controlled:
             beside = _beside(engine, config, config.prompts[number], text[-1:], start)
             predict, step = beside, beside.solver(step) if config.blends else step
