@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tav_opt.command import MAX_LINE
 from tav_opt.config import InputError, first_line
@@ -92,7 +92,7 @@ class Progress:
 
     total: int
     workers: int
-    left: Counter[str]
+    left: Counter[Any]
     """Units that are not done, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Of those that were done, in this run or before, by kind."""
