@@ -40,10 +40,10 @@ def app(folder: Path, study: Study, on_answers: Callable[[rater_answers.Answers]
         except (InputError, ValueError, RecursionError) as error:
             told = str(error) if isinstance(error, InputError) else "this is not JSON"
             return PlainTextResponse(told, 400, _PRIVATE)
-        if len(list((folder / answers.ANSWERS).iterdir())) >= MAX_RATERS:
+        if len(list((folder / rater_answers.ANSWERS).iterdir())) >= MAX_RATERS:
             return PlainTextResponse(f"{MAX_RATERS} have answered", 507, _PRIVATE)
         try:
-            answers.keep(folder, found)
+            rater_answers.keep(folder, found)
         except InputError as error:
             return PlainTextResponse(str(error), 409, _PRIVATE)
         on_answers(found)
