@@ -20,10 +20,10 @@ from tav_opt.base.directory import Base, recorded_base, resolve
 from tav_opt.base.image_model import ImageModel, empty, load_strictly, load_unet
 from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.config import BaseConfig, InputError, PathLike, texts
-from tav_opt.ddim import Schedule, Timestep, timestep_rows
+from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.device import usable_device
 from tav_opt.files import read_object
-from tav_opt.unet import VideoUNet, clip_value_names, inflate
+from tav_opt.unet import VideoUNet, arguments, clip_value_names, inflate
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -48,9 +48,13 @@ class StableDiffusion:
         return self.base.vae_factor
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
-        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w)."""
-        return self.unet(latents, timestep_rows(timestep, latents), text)
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w).
+
+        A mapping has `text` in it, and what else the UNet is to be told, by the names of `unet.arguments`.
+        """
+        told = {"text": text} if isinstance(text, Tensor) else text
+        return self.unet(latents, timestep_rows(timestep, latents), **arguments(told))
 
 
 def load_video_unet(

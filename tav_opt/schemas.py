@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -24,10 +25,16 @@ class _Checked(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+class _Files(_Checked):
+    files: Files
+
+
 class Manifest(_Checked):
     """Of whatever folder."""
 
     files: Files = {}
+    added: Mapping[FileName, _Files] = {}
+    """Graphs that came to a base later, with the files that came with them."""
 
 
 Place = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
@@ -72,6 +79,10 @@ class _Graph(_Checked):
     values: dict[Text, _Tensor]
 
 
+class _Added(_Files):
+    graph: _Graph
+
+
 class BaseManifest(Manifest):
     """Of an exported base."""
 
@@ -84,6 +95,7 @@ class BaseManifest(Manifest):
     graphs: list[_Graph] | None = None
     values: dict[Text, FileName] = {}
     files: Files
+    added: Mapping[FileName, _Added] = {}
 
 
 class _Machine(_Checked):

@@ -130,7 +130,7 @@ def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig)
 class _Tuning(TorchEngine):
     """The clip on the model that is being tuned: the loop's latents are float32, whatever the UNet computes in."""
 
-    def predict(self, latents: Tensor, timestep: ddim.Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: ddim.Timestep, text: ddim.Text) -> Tensor:
         return super().predict(latents, timestep, text).float()
 
 

@@ -6,9 +6,10 @@ over clips in the text or in the time embedding. That survives gradient checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -88,16 +89,54 @@ class VideoUNet(UNet2DConditionModel):
         """One row a clip, though the sample's batch is frames."""
         return super().get_time_embed(sample[: timestep.shape[0]], timestep)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype."""
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        *,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype.
+
+        What is added inside, each (b,f,c',h',w'), enters where diffusers' UNet takes it, by the name that it has there.
+        """
         dtype = self.conv_in.weight.dtype
         if latents.dtype != dtype or text.dtype != dtype:
             latents, text = latents.to(dtype), text.to(dtype)
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)
-        noise = super().forward(x, timesteps, text, return_dict=False)[0]
+        mid = mid_block_additional_residual
+        noise = super().forward(
+            x,
+            timesteps,
+            text,
+            down_block_additional_residuals=_of_frames(down_block_additional_residuals, dtype),
+            mid_block_additional_residual=None if mid is None else mid.to(dtype).flatten(0, 1),
+            down_intrablock_additional_residuals=_of_frames(down_intrablock_additional_residuals, dtype),
+            return_dict=False,
+        )[0]
         return noise.reshape(b, f, -1, h, w).transpose(1, 2)
+
+
+def _of_frames(residuals: Sequence[Tensor] | None, dtype: torch.dtype) -> Any:
+    """Each (b,f,c,h,w) → (b f) c h w; a list, which diffusers takes apart."""
+    return None if residuals is None else [residual.to(dtype).flatten(0, 1) for residual in residuals]
+
+
+def arguments(told: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors by name as keyword arguments of the UNet: `name.0`, `name.1`, … are the sequence that is one argument."""
+    found: dict[str, Any] = {}
+    for name, tensor in told.items():
+        argument, dot, _ = name.rpartition(".")
+        if dot:
+            found.setdefault(argument, []).append(tensor)
+        else:
+            found[name] = tensor
+    return found
 
 
 def inflate(unet: UNet2DConditionModel) -> VideoUNet:

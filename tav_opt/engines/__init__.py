@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tav_opt.config import EngineName
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule, Timestep
+from tav_opt.ddim import Schedule, Text, Timestep
 
 
 class Engine(Protocol):
@@ -46,8 +46,12 @@ class Engine(Protocol):
     def encode_video(self, frames: np.ndarray) -> Tensor:
         """uint8 (f, H, W, 3) → scaled latents (1, c, f, h, w)."""
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
-        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device."""
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """latents (b, c, f, h, w), text (b, tokens, width) → noise or v (b, c, f, h, w); nothing leaves the device.
+
+        A mapping has `text` in it, and what else the UNet is told, by the names of `unet.arguments`. Raises InputError
+        where that is more than the engine can tell it.
+        """
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3), which come to the host in one transfer."""

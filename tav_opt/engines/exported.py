@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +22,27 @@ from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import EngineName, InputError, texts
 from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
-from tav_opt.ddim import Schedule, Timestep, timestep_rows
+from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.repository import layout, specs
 from tav_opt.repository.layout import MANIFEST, check_unaltered, info_of
+from tav_opt.repository.specs import GraphSpec
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 Call = Callable[..., dict[str, Tensor]]
 """A graph by its inputs' names → its outputs by theirs, their first axis as long as the inputs'."""
+
+
+class Late:
+    """A call that is made ready when it is first asked for."""
+
+    def __init__(self, ready: Callable[[], Call]) -> None:
+        self._ready, self._lock = ready, threading.Lock()
+        self._call: Call | None = None
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        with self._lock:
+            self._call = self._call or self._ready()
+        return self._call(**inputs)
 
 
 class Graphs(Protocol):
@@ -42,7 +57,10 @@ class Graphs(Protocol):
     """Whether the runtime computes on threads of its own, with which PyTorch's must not compete."""
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
-        """Each graph with a clip's own values, by the names of graphs' inputs; and the bytes that they hold."""
+        """Each graph with a clip's own values, by the names of graphs' inputs; and the bytes that they hold.
+
+        Graphs that were added to the base are loaded when they are first asked for.
+        """
 
     def extra_bytes(self, items: Mapping[str, int]) -> int:
         """What runs of graphs on so many items each need beyond what is held."""
@@ -64,6 +82,8 @@ class ExportedBase:
     schedule: Schedule
     engine: EngineName
     graphs: Graphs
+    added: Mapping[str, GraphSpec] = field(default_factory=dict)
+    """Graphs that came to it later, by name."""
 
     @classmethod
     def open(cls, folder: Path, engine: EngineName, open_graphs: Callable[[], Graphs]) -> ExportedBase:
@@ -88,7 +108,26 @@ class ExportedBase:
             schedule=Schedule.from_config(manifest["scheduler"]),
             engine=engine,
             graphs=graphs,
+            added=specs.added(folder),
         )
+
+    def unet_for(self, told: Collection[str]) -> str:
+        """The graph of the UNet that takes just these tensors, `text` among them, beside latents and timestep.
+
+        Raises InputError where there is none, naming what others take.
+        """
+        further = set(told) - {"text"}
+        if not further:
+            return "unet"
+        variants = {name: set(spec.further) for name, spec in self.added.items() if spec.is_unet}
+        found = next((name for name, taken in variants.items() if taken == further), None)
+        if found is None:
+            there = "; ".join(f"{name} takes {', '.join(sorted(taken))}" for name, taken in variants.items())
+            raise InputError(
+                f"base {self.folder.name} has no UNet that takes {', '.join(sorted(further))}"
+                f"{there and f' ({there})'}: export it with what the edit asks for"
+            )
+        return found
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """→ ids (prompts, tokens), padded; raises InputError naming the words beyond the tokenizer's length."""
@@ -148,10 +187,14 @@ class ExportedEngine:
             sound=tuned.sound,
         )
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
+    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held.
+
+        `encode`: of other frames; `told`: the names of what the UNet is told.
+        """
         frames = min(self.frames_at_once, self.info.frames)
-        items = {"text_encoder": MAX_PROMPTS + 1, "unet": 2 * prompts, "vae_decoder": frames}
+        unet = self.base.unet_for(told)
+        items = {"text_encoder": MAX_PROMPTS + 1, unet: 2 * prompts, "vae_decoder": frames}
         pixels = self.info.frames * self.info.height * self.info.width * 3
         # The frames of all prompts as they are put together, and in the response.
         return self.base.graphs.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
@@ -181,9 +224,13 @@ class ExportedEngine:
         latents = torch.cat([self.calls["vae_encoder"](pixels=part)["latents"] for part in parts])
         return latents.transpose(0, 1)[None]  # f c h w → 1 c f h w
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
-        """`timestep`: one for all rows, or int64 (b,)."""
-        return self.calls["unet"](latents=latents, timestep=timestep_rows(timestep, latents), text=text)["noise"]
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
+        """`timestep`: one for all rows, or int64 (b,); the names of what is told choose the graph."""
+        told = {"text": text} if isinstance(text, Tensor) else text
+        unet = self.base.unet_for(told)
+        if unet not in self.calls:
+            raise InputError(f"{self.kind} has not {unet} of base {self.base.folder.name}: export it for {self.kind}")
+        return self.calls[unet](latents=latents, timestep=timestep_rows(timestep, latents), **told)["noise"]
 
     def decode(self, latents: Tensor, on_part: Callable[[], object] = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE, and what it raises goes through."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo
-from tav_opt.engines.exported import Call, usable_cores
-from tav_opt.memory.graph import WorkingMemory
+from tav_opt.engines.exported import Call, Late, usable_cores
+from tav_opt.memory.graph import WorkingMemory, weights_bytes
 from tav_opt.repository import layout, specs
-from tav_opt.repository.layout import ENGINES, check_unaltered
+from tav_opt.repository.layout import ENGINES, check_added, check_unaltered
 from tav_opt.repository.specs import GraphSpec, TensorSpec
 from tav_opt.schemas import ProgramsManifest
 
@@ -144,8 +144,7 @@ def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
 
 def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
     """What opening a base takes in memory: the weights and, laid out anew, copies of them."""
-    parts = [part for path, _ in graph_files(base, device).values() for part in path.parent.glob(f"{path.name}*")]
-    return 2 * sum(part.stat().st_size for part in parts)
+    return 2 * sum(weights_bytes(path) for path, _ in graph_files(base, device).values())
 
 
 class Bound:
@@ -202,19 +201,30 @@ class OnnxGraphs:
         half = self.revision == "fp16"
         if half:
             check_unaltered(half_folder(folder), (HALF_UNET,))
+        self._folder, self._open = folder, partial(session, device=device, threads=threads, tf32=half)
         found = graph_files(folder, device)
-        self._specs = {name: spec for name, (_, spec) in found.items()}
-        self._sessions = {name: session(path, device, threads, tf32=half) for name, (path, _) in found.items()}
+        self._added = {name: (folder / spec.file, spec) for name, spec in specs.added(folder).items()}
+        self._specs = {name: spec for name, (_, spec) in (found | self._added).items()}
+        self._sessions = {name: self._open(path) for name, (path, _) in found.items()}
         # The fp32 graph's is a bound of the fp16 graph's.
-        self._working = {name: WorkingMemory.of(folder / f"{name}.onnx") for name in found}
-        self._held = dict.fromkeys(found, 0)  # that each arena has grown to by its largest run; it keeps them
+        self._working = {name: WorkingMemory.of(folder / f"{name}.onnx") for name in self._specs}
+        self._held = dict.fromkeys(self._specs, 0)  # that each arena has grown to by its largest run; it keeps them
+        self._opening = threading.Lock()
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         taken = {value.name: value.dtype for spec in self._specs.values() for value in spec.values.values()}
         own = {name: values[name].to(getattr(torch, dtype)) for name, dtype in taken.items()}
-        bound = {name: Bound(opened, self._specs[name], self.device, own) for name, opened in self._sessions.items()}
-        held = sum(value.nbytes for value in own.values())
-        return {name: partial(self._run, name, graph) for name, graph in bound.items()}, held
+        calls: dict[str, Call] = {name: self._bound(name, own) for name in self._sessions}
+        calls |= {name: Late(partial(self._bound, name, own)) for name in self._added if name not in calls}
+        return calls, sum(value.nbytes for value in own.values())
+
+    def _bound(self, name: str, own: Mapping[str, Tensor]) -> Call:
+        """A graph with a clip's values; one that was added is opened for the first clip that asks for it."""
+        with self._opening:
+            if name not in self._sessions:
+                check_added(self._folder, name)
+                self._sessions[name] = self._open(self._added[name][0])
+        return partial(self._run, name, Bound(self._sessions[name], self._specs[name], self.device, own))
 
     def _run(self, name: str, graph: Bound, **inputs: Tensor) -> dict[str, Tensor]:
         outputs = graph(**inputs)
@@ -223,4 +233,6 @@ class OnnxGraphs:
         return outputs
 
     def extra_bytes(self, items: Mapping[str, int]) -> int:
-        return sum(max(0, self._working[name].bytes(count) - self._held[name]) for name, count in items.items())
+        working = sum(max(0, self._working[name].bytes(count) - self._held[name]) for name, count in items.items())
+        unopened = [path for name, (path, _) in self._added.items() if name in items and name not in self._sessions]
+        return working + sum(2 * weights_bytes(path) for path in unopened)

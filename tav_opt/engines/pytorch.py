@@ -18,12 +18,13 @@ from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import Additions, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
-from tav_opt.ddim import Schedule, Timestep
+from tav_opt.ddim import Schedule, Text, Timestep
 from tav_opt.device import usable_device
 from tav_opt.engines.exported import Call
 from tav_opt.memory import eager
 from tav_opt.repository import specs
 from tav_opt.repository.specs import GraphSpec
+from tav_opt.unet import arguments
 
 
 class TextEncoder(nn.Module):
@@ -60,15 +61,21 @@ class VaeDecoder(nn.Module):
 
 
 class ClipUNet(nn.Module):
-    """The video UNet as a function of a clip's own values: everything else in it is constant."""
+    """The video UNet as a function of a clip's own values: everything else in it is constant.
 
-    def __init__(self, unet: nn.Module) -> None:
+    `further` names what it is told beside the text, as `unet.arguments` has it.
+    """
+
+    def __init__(self, unet: nn.Module, further: Sequence[str] = ()) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.further = unet, tuple(further)
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, values: dict[str, Tensor]) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, *further: Tensor, values: dict[str, Tensor]
+    ) -> Tensor:
         """latents (b,c,f,h,w), timestep (b,), text (b,tokens,width), values by parameter name → noise or v."""
-        return torch.func.functional_call(self.unet, values, (latents, timestep, text))
+        told = arguments(dict(zip(self.further, further, strict=True)))
+        return torch.func.functional_call(self.unet, values, (latents, timestep, text), told)
 
 
 def input_name(parameter: str) -> str:
@@ -100,7 +107,7 @@ class TorchEngine:
     def encode_video(self, frames: np.ndarray) -> Tensor:
         return models.encode_video(self.sd, frames)
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -179,29 +186,33 @@ class TorchGraphs:
 
     def __init__(self, folder: Path, sd: models.StableDiffusion, info: ClipInfo) -> None:
         self.device, self._info, self._sd = sd.unet.device, info, sd
-        self._specs = specs.read(folder)
+        self._specs = specs.read(folder) | specs.added(folder)
         self.revision = f"{torch.__version__}"
-        self._parts = {
+        self._parts: dict[str, nn.Module] = {
             "text_encoder": TextEncoder(sd.text_encoder),
             "vae_encoder": VaeEncoder(sd.vae),
             "unet": ClipUNet(sd.unet),
             "vae_decoder": VaeDecoder(sd.vae),
         }
+        self._parts |= {
+            name: ClipUNet(sd.unet, spec.further) for name, spec in specs.added(folder).items() if spec.is_unet
+        }
         self._lock = threading.Lock()  # a clip's values take the place of the model's own during a call
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         own = {name: value.to(self.device, torch.float32) for name, value in values.items()}
-        calls: dict[str, Call] = {name: partial(self._run, spec, own) for name, spec in self._specs.items()}
+        calls: dict[str, Call] = {name: partial(self._run, self._specs[name], own) for name in self._parts}
         return calls, sum(value.nbytes for value in own.values())
 
     @torch.no_grad()
     def _run(self, spec: GraphSpec, own: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
-        moved = {name: value.to(self.device) for name, value in inputs.items()}
+        moved = [inputs[one.name].to(self.device) for one in spec.inputs]
         values = {parameter: own[value.name] for parameter, value in spec.values.items()}
         with self._lock:
-            return spec.by_name(self._parts[spec.name](**moved, **({"values": values} if values else {})))
+            return spec.by_name(self._parts[spec.name](*moved, **({"values": values} if values else {})))
 
     def extra_bytes(self, items: Mapping[str, int]) -> int:
         info = self._info
         beyond = eager.working_bytes(self._sd, info.frames, info.height, info.width)  # of one guided prompt
-        return beyond * max(1, items.get("unet", 0) // 2)
+        rows = max((count for name, count in items.items() if self._specs[name].is_unet), default=0)
+        return beyond * max(1, rows // 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tav_opt import checkpoint, models
 from tav_opt.checkpoint import LATENTS, VALUES, Checkpoint
@@ -21,14 +23,24 @@ from tav_opt.contract import VERSION, check_clip_name
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
 from tav_opt.engines.onnxruntime import OnnxGraphs, load_onnxruntime
 from tav_opt.engines.pytorch import TorchEngine, base_of
-from tav_opt.export import graphs, parity, reference_checkpoint, whole_edit
+from tav_opt.export import additions, graphs, parity, reference_checkpoint, whole_edit
+from tav_opt.export.additions import Further
 from tav_opt.export.parity import OnGraph
 from tav_opt.export.whole_edit import OnEdit
 from tav_opt.files import check_place, discard, whole, write_json
 from tav_opt.models import StableDiffusion
 from tav_opt.repository import layout, specs
 from tav_opt.repository.clips import Clip, described
-from tav_opt.repository.layout import MANIFEST, base_folder, clip_folder, hashes, locked, version_folder, within
+from tav_opt.repository.layout import (
+    MANIFEST,
+    base_folder,
+    check_unaltered,
+    clip_folder,
+    hashes,
+    locked,
+    version_folder,
+    within,
+)
 from tav_opt.repository.model_files import write_model_files
 
 _PACKAGES = ("tav-opt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "tokenizers")
@@ -43,6 +55,7 @@ def export(
     source: ClipConfig | None = None,
     prompt: str | None = None,
     inversion: InversionConfig = InversionConfig(),  # noqa: B008 — frozen
+    further: Iterable[Further] = (),
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,
     on_progress: OnProgress | None = None,
@@ -50,7 +63,8 @@ def export(
     """Exports a tuned clip into a model repository and returns its folder; a clip of that name is replaced.
 
     `name` is the folder's unless given; `base` says where the base model is now. The base's graphs are written when no
-    clip of the same base and size is there yet, else only values are copied. A directory that the reference saved
+    clip of the same base and size is there yet, else only values are copied; `further` graphs are added to it where it
+    lacks them, and change nothing for the clips that are there. A directory that the reference saved
     needs `source` and `prompt`, and is inverted by `inversion`. Raises InputError, and ParityError for a graph,
     or a whole edit, that departs from eager PyTorch: either way nothing is written.
     """
@@ -74,9 +88,14 @@ def export(
         tuned = checkpoint.load(checkpoint_dir)
     with locked(version):
         exported = within(version, base_folder(version, tuned.info.exported_base))
+        further = list(further)
         if not exported.exists():
-            _write_base(tuned, exported, base, on_graph, on_edit, on_progress)
+            _write_base(tuned, exported, base, further, on_graph, on_edit, on_progress)
         _check_values(tuned, exported)
+        if lacking := additions.lacking(exported, further):
+            check_unaltered(exported)
+            sd, values = _model(tuned, base)
+            additions.add(exported, lacking, sd, values, on_graph)
         write_model_files(Path(repository))
         return _write_clip(tuned, within(version, clip_folder(version, name)))
 
@@ -116,15 +135,13 @@ def _write_base(
     tuned: Checkpoint,
     exported: Path,
     base: PathLike | Additions | None,
+    further: Sequence[Further],
     on_graph: OnGraph | None,
     on_edit: OnEdit | None,
     on_progress: OnProgress | None,
 ) -> None:
     load_onnxruntime()  # before a model is loaded and its first graph is written, which it then compares
-    info = tuned.info
-    sd = models.load(base_of(info, base))
-    values = {name: value.float() for name, value in tuned.values.items()}
-    models.put_values(sd.unet, values)
+    sd, values = _model(tuned, base)
     with whole(exported) as folder:
         folder.mkdir()
         found = {}
@@ -142,6 +159,15 @@ def _write_base(
         if on_edit is not None:
             on_edit("onnxruntime", edit)
         write_json(folder / MANIFEST, manifest | {"edit": edit.to_json()})
+        additions.add(folder, further, sd, values, on_graph)
+
+
+def _model(tuned: Checkpoint, base: PathLike | Additions | None) -> tuple[StableDiffusion, dict[str, Tensor]]:
+    """A clip's base with its values, which are given too."""
+    sd = models.load(base_of(tuned.info, base))
+    values = {name: value.float() for name, value in tuned.values.items()}
+    models.put_values(sd.unet, values)
+    return sd, values
 
 
 def _whole_edit(

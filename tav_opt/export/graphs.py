@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Graph:
     """By parameter."""
     below: int = 0
     """Integer inputs lie in 0…below-1."""
+    kind: str = ""
+    """The base's own graph that it is a variant of, whose tolerances it has; none: it is that itself."""
 
     @property
     def name(self) -> str:
@@ -54,10 +57,9 @@ class Graph:
     def shapes(self, free: Callable[[str], Dim]) -> dict[str, Any]:
         """What torch.export is told of the axes: those that are free, and that a clip's values have none."""
         axes = {name: free(name) for spec in self.spec.inputs for name in spec.free.values()}
-        found: dict[str, Any] = {
-            spec.name: {number: axes[name] for number, name in spec.free.items()} for spec in self.spec.inputs
-        }
-        return found | self.keywords(dict.fromkeys(self.values))
+        found = [{number: axes[name] for number, name in spec.free.items()} for spec in self.spec.inputs]
+        # By the module's own names, under which it may take several.
+        return dict(signature(self.module.forward).bind(*found, **self.keywords(dict.fromkeys(self.values))).arguments)
 
     def keywords(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A clip's values as the module takes them."""
@@ -100,21 +102,44 @@ def of_clip(clip: Path, base: PathLike | Additions | None = None) -> tuple[Torch
 
 
 def unet_graph(
-    unet: VideoUNet, values: dict[str, Tensor], latent_shape: Sequence[int], tokens: int, timesteps: int
+    unet: VideoUNet,
+    values: dict[str, Tensor],
+    latent_shape: Sequence[int],
+    tokens: int,
+    timesteps: int,
+    *,
+    name: str = "unet",
+    further: Sequence[TensorSpec] = (),
 ) -> Graph:
-    """The UNet's graph for latents (c, f, h, w), so many tokens and timesteps."""
+    """The UNet's graph for latents (c, f, h, w), so many tokens and timesteps.
+
+    Of another name it is a variant, which is told `further` tensors by the names of `unet.arguments`.
+    """
     text = _tensor("text", "b", tokens, unet.config.cross_attention_dim)
     return Graph(
         spec=GraphSpec(
-            name="unet",
-            inputs=(_tensor("latents", "b", *latent_shape), _tensor("timestep", "b", dtype="int64"), text),
+            name=name,
+            inputs=(_tensor("latents", "b", *latent_shape), _tensor("timestep", "b", dtype="int64"), text, *further),
             outputs=(_tensor("noise", "b", *latent_shape),),
             values={name: _tensor(input_name(name), *value.shape) for name, value in values.items()},
         ),
-        module=ClipUNet(unet),
+        module=ClipUNet(unet, [one.name for one in further]),
         values=values,
         below=timesteps,
+        kind="unet",
     )
+
+
+def unet_variant(
+    sd: StableDiffusion,
+    values: dict[str, Tensor],
+    latent_shape: Sequence[int],
+    name: str,
+    further: Sequence[TensorSpec],
+) -> Graph:
+    """The UNet's graph of a base that is told `further` tensors by the names of `unet.arguments`."""
+    tokens, timesteps = sd.tokenizer.model_max_length, len(sd.schedule.alphas_cumprod)
+    return unet_graph(sd.unet, values, latent_shape, tokens, timesteps, name=name, further=further)
 
 
 @torch.no_grad()

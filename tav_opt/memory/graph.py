@@ -54,6 +54,14 @@ class WorkingMemory:
         return cls(*np.stack(peaks).T)
 
 
+def weights_bytes(path: Path) -> int:
+    """Of a graph in ONNX with all the weights that it reads, in whichever files they lie."""
+    model = onnx.load(path, load_external_data=False)
+    outside = [one for one in model.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+    lengths = [int(entry.value) for one in outside for entry in one.external_data if entry.key == "length"]
+    return path.stat().st_size + sum(lengths)
+
+
 def _owners(nodes: Iterable[Any]) -> dict[str, str]:
     """For every tensor that is only another view of one: the one whose memory it is."""
     owner: dict[str, str] = {}

@@ -12,6 +12,7 @@ from tav_opt.contract import ClipInfo
 from tav_opt.files import altered, discard
 from tav_opt.repository.layout import (
     ENGINES,
+    all_files,
     base_folder,
     base_of,
     clip_folder,
@@ -124,10 +125,11 @@ def verify(repository: PathLike) -> list[str]:
 
 def _problems(folder: Path) -> list[str]:
     try:
-        hashes = manifest(folder)["files"]
-    except (InputError, KeyError) as error:
+        if "files" not in (told := manifest(folder)):
+            raise InputError("'files'")
+    except InputError as error:
         return [f"{folder}: no manifest of files ({error})"]
     try:
-        return [f"{folder / name}: missing or altered" for name in altered(folder, hashes)]
+        return [f"{folder / name}: missing or altered" for name in altered(folder, all_files(told))]
     except InputError as error:  # one that may not be read
         return [str(error)]

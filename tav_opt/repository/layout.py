@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,14 @@ def manifest(folder: Path, kind: type[Manifest] | None = None) -> dict[str, Any]
     return found
 
 
+def all_files(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 by name of a folder's files: those of `files`, and of graphs that were added to a base."""
+    found = dict(manifest.get("files", {}))
+    for added in manifest.get("added", {}).values():
+        found |= added["files"]
+    return found
+
+
 def info_of(clip: Path) -> ClipInfo:
     """What is known of the clip in a folder."""
     return ClipFolder(clip, MANIFEST).info
@@ -109,6 +117,13 @@ def check_unaltered(folder: Path, needed: tuple[str, ...] = ()) -> None:
     found = manifest(folder).get("files", {})
     if changed := altered(folder, dict.fromkeys(needed, "") | found):
         raise InputError(f"{folder / changed[0]} is missing or altered: remove {folder} and export again")
+
+
+def check_added(base: Path, name: str) -> None:
+    """Raises InputError where a file of a graph that was added to a base is missing or altered."""
+    found = manifest(base).get("added", {})[name]["files"]
+    if changed := altered(base, found):
+        raise InputError(f"{base / changed[0]} is missing or altered: remove {base} and export again")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tav_opt.contract import CLIP_NAME, ClipInfo
 from tav_opt.files import MANIFEST, altered, discard, read_object, whole
 from tav_opt.repository.layout import (
     ENGINES,
+    all_files,
     base_folder,
     clip_folder,
     existing,
@@ -70,7 +71,7 @@ class _Manifest:
     @property
     def files(self) -> dict[str, str]:
         """SHA-256 by name."""
-        return dict(self.found.get("files", {}))
+        return all_files(self.found)
 
 
 class _Source:

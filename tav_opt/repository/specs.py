@@ -12,6 +12,8 @@ from tav_opt.files import refuse_pointer
 from tav_opt.repository.layout import manifest
 
 T = TypeVar("T")
+_PLAIN = ("latents", "timestep", "text")
+"""What every UNet takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,16 @@ class GraphSpec:
     """Further inputs by the parameter of the clip that they stand for."""
 
     @property
+    def is_unet(self) -> bool:
+        """Whether it is one of the base's UNet, which alone predicts noise (or v)."""
+        return tuple(output.name for output in self.outputs) == ("noise",)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """What a UNet takes beside latents, timestep and text, by the names of `unet.arguments`."""
+        return tuple(one.name for one in self.inputs if one.name not in _PLAIN)
+
+    @property
     def file(self) -> str:
         """Of the graph in ONNX; its weights lie beside it."""
         return f"{self.name}.onnx"
@@ -56,7 +68,7 @@ class GraphSpec:
 
 
 def read(base: Path) -> dict[str, GraphSpec]:
-    """The graphs of an exported base, by name."""
+    """The graphs of an exported base's own, by name."""
     from tav_opt.schemas import BaseManifest
 
     told = manifest(base, BaseManifest)
@@ -64,6 +76,13 @@ def read(base: Path) -> dict[str, GraphSpec]:
         return {found["name"]: _graph(found) for found in told["graphs"]}
     names = ("text_encoder", "vae_encoder", "unet", "vae_decoder")  # exported before they were listed
     return {name: of_onnx(base / f"{name}.onnx", told.get("values", {})) for name in names}
+
+
+def added(base: Path) -> dict[str, GraphSpec]:
+    """The graphs that were added to an exported base after its own, by name."""
+    from tav_opt.schemas import BaseManifest
+
+    return {name: _graph(found["graph"]) for name, found in manifest(base, BaseManifest).get("added", {}).items()}
 
 
 def value_inputs(base: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from tav_opt import ddim, editing, video
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
-from tav_opt.ddim import Timestep
+from tav_opt.ddim import Text, Timestep
 from tav_opt.engines import Engine
 from tav_opt.memory.promises import Memory
 from tav_opt.serving import previews
@@ -42,13 +42,13 @@ class ServedEngine(Engine, Protocol):
     def revision(self) -> str:
         """Another for every export, and for every engine."""
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
 
     def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE."""
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False) -> int:
+    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
         """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
 
 
