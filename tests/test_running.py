@@ -16,6 +16,7 @@ import torch
 
 from tav_opt import cli, command, config, progress
 from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
+from tav_opt.cli.detect import Detect
 from tav_opt.cli.edit import Edit
 from tav_opt.cli.evaluate import Evaluate
 from tav_opt.cli.info import Info
@@ -50,6 +51,7 @@ SETTINGS = {
     "push": Push,
     "demo": DemoConfig,
     "metrics": Metrics,
+    "detect": Detect,
     "evaluate": Evaluate,
 }
 """What each command line is read into."""
@@ -71,10 +73,13 @@ GIVEN = {
     "demo": "--model nowhere --video absent.mp4 --prompt x --edit y --in-process",
     "metrics": "absent.mp4 --source absent.mp4 --prompt x",
     "evaluate": "absent.yaml --out out",
+    "detect": "absent.mp4 maps.mp4 --kind canny",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
 POSITIONAL = {
     ("metrics", "edit"),
+    ("detect", "source"),
+    ("detect", "out"),
     ("edit", "checkpoint"),
     ("export", "checkpoint"),
     ("clips add", "checkpoint"),

@@ -9,6 +9,7 @@ from tav_opt import command
 from tav_opt.cli import (
     clips,
     demo,
+    detect,
     edit,
     evaluate,
     export,
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "personalise": personalise.run,
     "tune": tune.run,
     "edit": edit.run,
+    "detect": detect.run,
     "metrics": metrics.run,
     "evaluate": evaluate.run,
     "export": export.run,

@@ -1,0 +1,1 @@
+"""What an edit is told beside its prompt."""
