@@ -145,6 +145,8 @@ def check_numbers(config: Any) -> None:
         if is_dataclass(value):
             check_numbers(value)
         for number in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(number) and number is not value:
+                check_numbers(number)
             if name in ranges and number is not None and number not in ranges[name]:
                 raise InputError(f"{name.replace('_', ' ')} {number} is not within {ranges[name]}")
 
@@ -336,6 +338,21 @@ class PersonaliseConfig(OptimiserConfig):
     """Classifier-free guidance scale of the class's pictures and the previews."""
 
 
+@documented
+@dataclass(frozen=True, kw_only=True)
+class Control(Config):
+    """How far an edit follows maps, by a ControlNet or a T2I-Adapter of this name."""
+
+    name: str
+    """As `pose`: the network's and the maps' own."""
+    scale: Annotated[float, Within(0, 10)] = 1.0
+    """What is added inside the UNet is multiplied by it."""
+    start: Annotated[float, Within(0, 1)] = 0.0
+    """Share of the steps after which it begins."""
+    end: Annotated[float, Within(0, 1)] = 1.0
+    """Share of the steps after which it has ended."""
+
+
 EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
 """The settings of an edit that a clip may bring with it; a request that leaves them out gets the clip's."""
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
@@ -376,6 +393,10 @@ class EditConfig(Config):
     """DDIM steps of the inversion; default: those kept with the clip, which cost nothing."""
     inversion_iterations: Iterations | None = None
     """How often each step of the inversion is refined; default: as in the one kept with the clip."""
+    controls: tuple[Control, ...] = ()
+    """What the edit follows beside its prompt; each has a network, and maps of every frame."""
+    control_inversion: bool = False
+    """The source is inverted with the conditions, too; False: without, as it was tuned."""
 
     @classmethod
     def of_preset(cls, name: Preset, **settings: Any) -> Self:

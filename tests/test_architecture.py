@@ -17,7 +17,7 @@ ROWS = (
     ("files", "command", "progress", "reference", "loopback", "device", "schemas"),
     ("contract", "video", "ddim", "kernels", "base", "plots"),
     ("clip_folder",),
-    ("attention", "checkpoint", "repository", "solvers", "inversion"),
+    ("attention", "checkpoint", "conditions", "repository", "solvers", "inversion"),
     ("unet", "tuning_state"),
     ("models", "tuning_step"),
     ("memory", "tuning_loop"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from encoded import comments
 
 from tav_opt import __version__, video
-from tav_opt.config import EditConfig
+from tav_opt.config import Control, EditConfig
 from tav_opt.contract import ClipInfo, edit_metadata
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -74,3 +75,7 @@ def test_keys_stay_as_they_are_and_name_no_folder_of_the_user():
     assert (found["software"], found["model"], found["clip"]) == (f"tav-opt {__version__}", "tiny", "toy")
     assert (found["guidance_scale"], found["prompts"], found["inversion_steps"]) == (7.3, ["a cat"], 50)
     assert list(edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")) == KEYS
+    controlled = replace(config, controls=(Control(name="pose", scale=float(np.float32(0.7))),))
+    found = edit_metadata(INFO, "toy", controlled, config.prompts, engine="compiled")
+    assert list(found) == [*KEYS, "controls"]
+    assert found["controls"] == [{"name": "pose", "scale": 0.7, "start": 0.0, "end": 1.0}]

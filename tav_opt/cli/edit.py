@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, Suppress
 
 from tav_opt import progress
 from tav_opt.base.options import AddedOptions, moved
+from tav_opt.cli import controls
 from tav_opt.cli.common import (
     Dtype,
     Guidance,
@@ -23,7 +25,15 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, Preset, check_preset
+from tav_opt.cli.controls import ControlOptions
+from tav_opt.conditions.network_options import NetworkOptions, named
+from tav_opt.config import PRESETS, Control, EditConfig, EngineChoice, Fps, InputError, Preset, check_preset
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tav_opt.clip_folder import ClipFolder
+    from tav_opt.engines import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,9 @@ class Edit(EditConfig):
     """What runs an exported clip; a checkpoint runs in eager PyTorch."""
     preset: Preset = "exact"
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
+    controls: Suppress[tuple[Control, ...]] = ()
+    following: OmitArgPrefixes[ControlOptions] = field(default_factory=ControlOptions)
+    networks: OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
@@ -64,18 +77,15 @@ def run(arguments: Sequence[str]) -> None:
     check_preset(args.preset, given)
     clip = ClipFolder.at(args.checkpoint)
     check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
-    import torch
-
+    args = replace(args, controls=controls.asked(args.following))
     from tav_opt import editing
     from tav_opt.contract import edit_metadata, same_speed
     from tav_opt.device import told
-    from tav_opt.engines.registry import load
     from tav_opt.video import contact_sheet
 
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
-    dtype = getattr(torch, args.dtype, None)
-    engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=moved(args.base, args.additions))
+    engine = _opened(args, clip)
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
     args = engine.info.edited(args, given, args.preset)
@@ -84,8 +94,9 @@ def run(arguments: Sequence[str]) -> None:
             print(f"tav-opt edit: {listed(own)}, as the {who} brings it", file=sys.stderr)
     if "seed" in given:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
+    maps = _maps(args, engine)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
-        edits = list(editing.edit(engine, args, on_progress=on_progress))
+        edits = list(editing.edit(engine, args, maps=maps, on_progress=on_progress))
     captions = [[prompt] for prompt in args.prompts]
     if args.side_by_side:
         source = engine.decode(engine.source_latents)[0]
@@ -102,3 +113,35 @@ def run(arguments: Sequence[str]) -> None:
     fps = args.fps or engine.info.fps
     sound = engine.sound if same_speed(args.fps, engine.info.fps) else None
     write(args.out, edits, fps, [about(prompts) for prompts in captions], sound)
+
+
+def _opened(args: Edit, clip: ClipFolder) -> Engine:
+    """The clip with the networks that the edit's maps are for."""
+    import torch
+
+    from tav_opt.conditions import condition
+    from tav_opt.engines.registry import load
+
+    nets = {name: named(name, getattr(args.networks, name), "PLACE") for name in ("controlnet", "adapter")}
+    names = [one.name for one in args.controls]
+    if idle := sorted({*nets["controlnet"], *nets["adapter"]} - {*names}):
+        raise InputError(f"{idle[0]!r} is a network that follows nothing: give --control {idle[0]}=FILE")
+    engine = load(
+        clip,
+        engine=args.engine,
+        device=args.device,
+        dtype=getattr(torch, args.dtype, None),
+        base=moved(args.base, args.additions),
+        controlnets=nets["controlnet"],
+        adapters=nets["adapter"],
+    )
+    if names:
+        condition.check(args.controls, names, engine.networks)
+    return engine
+
+
+def _maps(args: Edit, engine: Engine) -> dict[str, np.ndarray]:
+    info = engine.info
+    return controls.maps(
+        args.following, info.frames, info.height, info.width, lambda: engine.decode(engine.source_latents)[0]
+    )

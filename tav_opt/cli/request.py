@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Suppress
 
 from tav_opt import progress
+from tav_opt.cli import controls
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Fps, Index, Preset, Within
+from tav_opt.cli.controls import ControlOptions
+from tav_opt.config import FILLED_IN, ClipConfig, Control, Count, EditConfig, Fps, Index, InputError, Preset, Within
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Request(EditConfig):
     certificate: Path | None = None
     """PEM file of the client's own certificate, and its key."""
     key: Path | None = None
+    controls: Suppress[tuple[Control, ...]] = ()
+    following: OmitArgPrefixes[ControlOptions] = field(default_factory=ControlOptions)
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
@@ -63,6 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     from tav_opt.contract import Output
 
     check_edit(args, args.out, len(args.prompts))
+    args = replace(args, controls=controls.asked(args.following))
     mention_weights("request", (*args.prompts, args.negative_prompt))
     fitted = ("video", *FITTING) if args.video is not None else ()
     source: Any = {name: getattr(args, name) for name in fitted}
@@ -75,6 +85,10 @@ def run(arguments: Sequence[str]) -> int:
     )
     try:
         with Client(args.url, tls=tls, retry=retry) as client, progress.shown() as on_progress:
+            if args.controls:
+                clip = client.clip(args.clip)
+                size = clip.frames, clip.height, clip.width
+                source["maps"] = controls.maps(args.following, *size, _no_source)
             result = client.edit(
                 args.clip,
                 args,
@@ -95,3 +109,9 @@ def run(arguments: Sequence[str]) -> int:
         mention_idle_seed("request", args.seed, inversion=used["inversion"], eta=used["eta"])
     write(args.out, result.videos or list(result.frames), result.fps, result.metadata)
     return 0
+
+
+def _no_source() -> np.ndarray:
+    raise InputError(
+        f"--control …={controls.SOURCE}: the clip is the server's, not here: give the video's file and --detect"
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from tav_opt.conditions.condition import Network
 from tav_opt.config import EngineName
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
@@ -39,6 +40,10 @@ class Engine(Protocol):
     @property
     def sound(self) -> bytes | None:
         """Of the source's time, as a Matroska file; None where it has none."""
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """What follows maps, by name."""
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from tav_opt import checkpoint, models
 from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
+from tav_opt.conditions import controlnet, framewise, network_files, t2i_adapter
+from tav_opt.conditions.condition import Network
 from tav_opt.config import Additions, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
@@ -92,6 +95,7 @@ class TorchEngine:
     source_latents: Tensor
     inverted_latents: Tensor
     sound: bytes | None = None
+    networks: Mapping[str, Network] = field(default_factory=dict)
 
     @property
     def kind(self) -> EngineName:
@@ -125,8 +129,10 @@ def open_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     base: PathLike | Additions | None = None,
+    controlnets: Mapping[str, PathLike] = MappingProxyType({}),
+    adapters: Mapping[str, PathLike] = MappingProxyType({}),
 ) -> TorchEngine:
-    """Loads a checkpoint and its base (`base` where it has moved).
+    """Loads a checkpoint and its base (`base` where it has moved), and networks that follow maps by their names.
 
     Raises InputError when either is missing, altered, or they do not belong together.
     """
@@ -142,7 +148,26 @@ def open_checkpoint(
         source_latents=tuned.source_latents.to(place, dtype),
         inverted_latents=tuned.inverted_latents.to(place, dtype),
         sound=tuned.sound,
+        networks=load_networks(sd, controlnets, adapters),
     )
+
+
+def load_networks(
+    sd: models.StableDiffusion, controlnets: Mapping[str, PathLike], adapters: Mapping[str, PathLike]
+) -> dict[str, Network]:
+    """ControlNets and adapters by name, beside the base's UNet; raises InputError for one that is not for it."""
+    found: dict[str, Network] = {}
+    if twice := sorted(set(controlnets) & set(adapters)):
+        raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
+    for name, place in controlnets.items():
+        net = controlnet.load(network_files.found(place), sd.unet.config)
+        run = framewise.in_eager(models.placed(net, sd.unet.device, sd.unet.dtype), net.names)
+        found[name] = framewise.ControlNet(run=run, names=net.names)
+    for name, place in adapters.items():
+        adapter = t2i_adapter.load(network_files.found(place), sd.unet.config, sd.vae_factor)
+        run = framewise.in_eager(models.placed(adapter, sd.unet.device, sd.unet.dtype), adapter.names)
+        found[name] = framewise.Adapter(run=run, names=adapter.names)
+    return found
 
 
 def _check_latents(sd: models.StableDiffusion, tuned: checkpoint.Checkpoint) -> None:

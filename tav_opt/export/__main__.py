@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tav_opt import command, progress
 from tav_opt.base.options import AddedOptions, moved
 from tav_opt.clip_folder import hub_id_of
+from tav_opt.conditions.network_options import NetworkOptions, named
 from tav_opt.config import (
     Additions,
     ClipConfig,
@@ -52,6 +53,8 @@ class ExportConfig:
     """Cards for tensorrt-rtx by architecture, e.g. sm89 sm120; none: this machine's GPU."""
     plugin: bool = True
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
+    networks: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
+    """What clips on this base may follow maps by: for ONNX Runtime, whatever the target."""
     half: bool = False
     """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
@@ -103,6 +106,8 @@ def export(arguments: Sequence[str], prog: str) -> int:
     from tav_opt.export.tensorrt import builder
 
     plan = _plan(config)
+    controlnets = named("controlnet", config.networks.controlnet, "PLACE")
+    adapters = named("adapter", config.networks.adapter, "PLACE")
 
     def report(name: str, found: Parity) -> None:
         print(f"{name}: largest error {found.error:.1e} against eager PyTorch (tolerance {found.tolerance.error:.0e})")
@@ -120,6 +125,8 @@ def export(arguments: Sequence[str], prog: str) -> int:
                 source=config.source(),
                 prompt=config.prompt,
                 inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
+                controlnets=controlnets,
+                adapters=adapters,
                 on_graph=report,
                 on_edit=report_edit,
                 on_progress=on_progress,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tav_opt.ddim import Timestep, timestep_rows
+from tav_opt.ddim import Text, Timestep, timestep_rows
 from tav_opt.serving.report import Report
 
 
@@ -26,7 +26,7 @@ class RowwiseEngine(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
 
 
@@ -44,10 +44,15 @@ def shared_by(engine: RowwiseEngine) -> str:
 class _Call:
     latents: Tensor
     timestep: Timestep
-    text: Tensor
+    text: Text
     together: int = 1
     """How many were answered with it."""
     answer: Tensor | Exception | None = None
+
+    @property
+    def told(self) -> Mapping[str, Tensor]:
+        """What the network is told, by name: calls that tell it of the same may be one."""
+        return {"text": self.text} if isinstance(self.text, Tensor) else self.text
 
 
 class Batches:
@@ -114,7 +119,11 @@ class _Group:
             if call.answer is not None:
                 return
             batch, self._waiting = self._waiting, []
-        self._answer(member.engine, batch)
+        by_names: dict[frozenset[str], list[_Call]] = {}
+        for waiting in batch:
+            by_names.setdefault(frozenset(waiting.told), []).append(waiting)
+        for alike in by_names.values():
+            self._answer(member.engine, alike)
         with self._changed:
             self._changed.notify_all()
 
@@ -141,8 +150,11 @@ def _together(engine: RowwiseEngine, batch: list[_Call]) -> tuple[Tensor, ...]:
     if len(batch) == 1:
         return (engine.predict(batch[0].latents, batch[0].timestep, batch[0].text),)
     timesteps = torch.cat([timestep_rows(call.timestep, call.latents) for call in batch])
-    latents, text = (torch.cat([getattr(call, name) for call in batch]) for name in ("latents", "text"))
-    return engine.predict(latents, timesteps, text).split([len(call.latents) for call in batch])
+    latents = torch.cat([call.latents for call in batch])
+    told = {name: torch.cat([call.told[name] for call in batch]) for name in batch[0].told}
+    return engine.predict(latents, timesteps, told if len(told) > 1 else told["text"]).split(
+        [len(call.latents) for call in batch]
+    )
 
 
 class _Member:
@@ -154,7 +166,7 @@ class _Member:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def predict(self, latents: Tensor, timestep: Timestep, text: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         call = _Call(latents, timestep, text)
         self._group.predict(self, call)
         self._report.together = max(self._report.together, call.together)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tav_opt import ddim, editing, video
+from tav_opt.conditions import condition
+from tav_opt.conditions.condition import Condition
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo, Request, check_request, edit_metadata, from_tensors, same_speed
 from tav_opt.ddim import Text, Timestep
@@ -48,8 +50,11 @@ class ServedEngine(Engine, Protocol):
     def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE."""
 
-    def extra_bytes(self, prompts: int, *, encode: bool = False, told: Collection[str] = ("text",)) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames."""
+    def extra_bytes(self, prompts: int, *, encode: bool = False, controls: Collection[str] = ()) -> int:
+        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames.
+
+        `controls`: the networks whose maps it follows.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,8 @@ class Editor:
         check_request(request)
         report.request, report.engine = request, engine.kind
         _check_source(request, engine)
+        if names := [one.name for one in request.edit.controls]:
+            condition.check(request.edit.controls, names, engine.networks)
 
         progress = _Progress(send, go_on, report)
         with ExitStack() as stack:
@@ -105,27 +112,42 @@ class Editor:
         report = progress.report
         text = editing.encode_prompts(engine, request.edit)
         with self.batches.joined(engine, report) as joined:
-            start = self._start(joined, request, progress)
+            following = self._following(engine, request, progress)
+            start = self._start(joined, request, progress, following)
             with report.stage("sample"):
-                sampled = self._sampled(joined, request, text, start, progress)
+                sampled = self._sampled(joined, request, text, start, progress, following)
         with report.stage("render"):
             result = _result(engine, request, _rendered(engine, sampled, progress.go_on))
         steps = report.steps["sample"]
         return {**told("done", steps, steps), **result, "fps": np.array([request.fps or engine.info.fps], np.float32)}
 
-    def _start(self, engine: ServedEngine, request: Request, progress: _Progress) -> Tensor:
+    def _following(self, engine: ServedEngine, request: Request, progress: _Progress) -> list[Condition]:
+        """What the edit follows."""
+        if not request.edit.controls:
+            return []
+        with progress.report.stage("decode"):
+            videos = [self.decode(video, engine.info, progress.go_on) for video in request.control_videos]
+            names = [one.name for one in request.edit.controls]
+            return editing.conditions(engine, request.edit, dict(zip(names, videos, strict=True)))
+
+    def _start(
+        self, engine: ServedEngine, request: Request, progress: _Progress, following: Sequence[Condition]
+    ) -> Tensor:
         """The latents that sampling starts from: computed only where they are neither the clip's nor kept."""
         report, config = progress.report, request.edit
         inversion = engine.info.inversion_of(config)
         own = request.video is None and request.source_frames is None
-        if not config.inversion or (own and inversion.key == engine.info.inversion.key):
+        kept = own and inversion.key == engine.info.inversion.key and not config.control_inversion
+        if not config.inversion or kept:
             report.inversion = "clip" if config.inversion else "noise"
             return editing.start_latents(engine, config)
 
         def compute() -> Tensor:
             frames = self._frames(engine, request, progress)
             with report.stage("invert"):
-                return editing.start_latents(engine, config, frames, progress.step, on_call=progress.go_on)
+                return editing.start_latents(
+                    engine, config, frames, progress.step, following=following, on_call=progress.go_on
+                )
 
         name = key(engine.revision, inversion, _content(request))
         latents, report.inversion = self.inversions.get(name, compute, progress.go_on)
@@ -138,7 +160,13 @@ class Editor:
             return self.decode(request.video, engine.info, progress.go_on)
 
     def _sampled(
-        self, engine: ServedEngine, request: Request, text: Tensor, start: Tensor, progress: _Progress
+        self,
+        engine: ServedEngine,
+        request: Request,
+        text: Tensor,
+        start: Tensor,
+        progress: _Progress,
+        following: Sequence[Condition],
     ) -> Tensor:
         """→ (prompts, c, f, h, w)"""
         at_once = progress.report.at_once
@@ -150,7 +178,10 @@ class Editor:
                 progress.show(len(request.edit.prompts), batch * at_once, previews.picture(step.clean, colours))
             progress.step(step)
 
-        return torch.cat(list(editing.sample(engine, request.edit, text, start, at_once=at_once, on_step=on_step)))
+        sampled = editing.sample(
+            engine, request.edit, text, start, at_once=at_once, following=following, on_step=on_step
+        )
+        return torch.cat(list(sampled))
 
     def _preview_map(self, engine: ServedEngine, go_on: GoOn) -> Tensor:
         found = self.preview_maps.get(engine.revision)
@@ -208,12 +239,19 @@ def _check_source(request: Request, engine: ServedEngine) -> None:
 
 
 def _content(request: Request) -> str:
-    """What an inversion is of: a file is told apart by its bytes, so that one seen before need not be decoded."""
+    """What an inversion is of: a file is told apart by its bytes, so that one seen before need not be decoded.
+
+    What an edit follows is part of it where the source is inverted with it, and only there.
+    """
+    found = "clip"
     if request.video is not None:
-        return f"video {hashlib.sha256(request.video).hexdigest()}"
+        found = f"video {hashlib.sha256(request.video).hexdigest()}"
     if request.source_frames is not None:
-        return f"frames {hashlib.sha256(request.source_frames.tobytes()).hexdigest()}"
-    return "clip"
+        found = f"frames {hashlib.sha256(request.source_frames.tobytes()).hexdigest()}"
+    if request.edit.control_inversion:
+        videos = [hashlib.sha256(video).hexdigest() for video in request.control_videos]
+        found += f" following {request.edit.controls} {videos}"
+    return found
 
 
 def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, beside: int) -> tuple[int, int]:
@@ -224,11 +262,12 @@ def _prompts_at_once(engine: ServedEngine, request: Request, free: int, *, besid
     prompts = len(request.edit.prompts)
     encode = request.video is not None or request.source_frames is not None
     promised = engine.extra_bytes(beside) if beside else 0  # by those edits
+    controls = {"controls": [one.name for one in request.edit.controls]} if request.edit.controls else {}
 
     def bytes_of(prompts: int) -> int:
         """For them alone, and for what they add to the others' batch: whichever is more."""
-        together = engine.extra_bytes(prompts + beside, encode=encode) - promised
-        return max(together, engine.extra_bytes(prompts, encode=encode))
+        together = engine.extra_bytes(prompts + beside, encode=encode, **controls) - promised
+        return max(together, engine.extra_bytes(prompts, encode=encode, **controls))
 
     while (needed := bytes_of(prompts)) > free:
         if prompts == 1:
