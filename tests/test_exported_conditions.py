@@ -25,6 +25,8 @@ from tav_opt.files import write_json
 from tav_opt.serving.host.server import Server
 from tav_opt.video.lossless import encode_mkv
 
+pytestmark = pytest.mark.full
+"""Five graphs are exported; the page docs/conditions.md, which is run always, exports two and serves them."""
 CONTROLS = (Control(name="pose", scale=0.7, end=0.7), Control(name="depth", scale=1.5))
 EDIT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5, controls=CONTROLS)
 MAPS = {one.name: maps_of(FRAMES, SIDE, SIDE, seed) for seed, one in enumerate(CONTROLS)}
