@@ -349,7 +349,8 @@ def edit_metadata(
         "inversion_iterations": info.inversion_of(config).iterations,
     }
     if config.controls:
-        found["controls"] = [asdict(one) | {"scale": round(one.scale, 6)} for one in config.controls]
+        numbers = [{name: round(getattr(one, name), 6) for name in _OF_CONTROLS} for one in config.controls]
+        found["controls"] = [{"name": one.name} | told for one, told in zip(config.controls, numbers, strict=True)]
     return found | ({"prompts": list(prompts), "negative_prompt": config.negative_prompt} if with_prompts else {})
 
 

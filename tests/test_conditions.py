@@ -219,6 +219,14 @@ def _counts(told: dict[str, Tensor]) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
+def test_a_window_is_the_same_over_the_wire() -> None:
+    def acting(end: float) -> list[int]:
+        one = condition.Condition(control=Control(name="pose", end=end), names=(), residuals=lambda *_: {})
+        return [number for number in range(10) if one.acts(number, 10)]
+
+    assert acting(0.7) == acting(float(np.float32(0.7))) == list(range(7))
+
+
 def test_steps_outside_of_every_window_are_told_the_text_alone(sd: StableDiffusion, places: dict[str, Path]) -> None:
     seen = []
     engine = _engine(sd, places, 2)

@@ -18,6 +18,9 @@ MID = "mid_block_additional_residual"
 INSIDE = "down_intrablock_additional_residuals"
 """Where the UNet takes what is added, by diffusers' names; the parts of a sequence are `name.0`, `name.1`, …"""
 
+_FLOAT32 = 1e-6
+"""As near as a share of the steps comes over the wire."""
+
 Residuals = Callable[[Tensor, Timestep, Tensor], dict[str, Tensor]]
 """latents (b,c,f,h,w), timestep, text (b,tokens,width) → what is added, each (b,f,c',h',w'), by where."""
 
@@ -43,7 +46,8 @@ class Condition:
 
     def acts(self, number: int, steps: int) -> bool:
         """In the step of this number, from 0, of so many: as diffusers' pipelines have it."""
-        return number / steps >= self.control.start and (number + 1) / steps <= self.control.end
+        start, end = self.control.start - _FLOAT32, self.control.end + _FLOAT32
+        return number / steps >= start and (number + 1) / steps <= end
 
 
 def conditions(
@@ -90,7 +94,7 @@ def _checked(name: str, maps: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 @torch.no_grad()
 def _condition(network: Network, control: Control, maps: np.ndarray, device: torch.device) -> Condition:
-    pixels = torch.from_numpy(maps).to(device).permute(0, 3, 1, 2).float() / 255  # (f, 3, H, W)
+    pixels = torch.from_numpy(maps.copy()).to(device).permute(0, 3, 1, 2).float() / 255  # (f, 3, H, W)
     return Condition(control=control, names=network.names, residuals=network.following(pixels, control.scale))
 
 
