@@ -201,7 +201,10 @@ def _fitted(image: Image.Image, choice: _Choice) -> np.ndarray:  # → (H, W, 3)
     width, height = map(float, image.size)
     if choice.fit == "crop":
         scale = min(width / choice.width, height / choice.height)
-        width, height = choice.width * scale, choice.height * scale
+        width, height = (
+            min(width, choice.width * scale),
+            min(height, choice.height * scale),
+        )  # which rounding may exceed
     left, top = (image.width - width) / 2, (image.height - height) / 2
     box = (left, top, left + width, top + height)
     return np.asarray(image.resize((choice.width, choice.height), Image.Resampling.LANCZOS, box=box))
