@@ -29,7 +29,7 @@ def write_controlnet(base: Path, folder: Path, seed: int) -> Path:
 def write_adapter(base: Path, folder: Path, seed: int, *, in_channels: int = 3, kind: str = "full_adapter") -> Path:
     """As diffusers saves it."""
     widths = UNet2DConditionModel.load_config(base / "unet")["block_out_channels"]
-    net = T2IAdapter(in_channels, list(widths), 1, 8, adapter_type=kind)
+    net = T2IAdapter(in_channels, list(widths)[: -1 if kind == "light_adapter" else None], 1, 8, adapter_type=kind)
     randomised(net, seed).save_pretrained(folder)
     return folder
 

@@ -131,7 +131,9 @@ def test_depth_is_a_network_of_transformers_at_one_scale(tmp_path: Path) -> None
     )  # fmt: skip
     torch.manual_seed(0)
     net = DPTForDepthEstimation(config).eval()
-    net.head.head[4].bias.data.fill_(1)  # behind it is a ReLU
+    for value in net.parameters():
+        value.data += 0.1 * torch.randn(value.shape)
+    net.head.head[4].bias.data.fill_(20)  # behind it is a ReLU
     net.save_pretrained(tmp_path)
     told = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))

@@ -23,7 +23,8 @@ class AdapterFrames(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"{INSIDE}.{number}" for number in range(len(self.net.config.channels)))
+        light = self.net.config.adapter_type == "light_adapter"  # whose last block has the width of the one before
+        return tuple(f"{INSIDE}.{number}" for number in range(len(self.net.config.channels) + light))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
         """maps (n,3,H,W) in 0…1 → features (n,c',h',w'); one that was trained on grey maps gets grey ones."""
@@ -47,7 +48,9 @@ def load(path: Path, unet: Mapping[str, Any], vae_factor: int) -> AdapterFrames:
         raise InputError(
             f"{path}: adapters are for UNets with attention in all blocks but the last, as Stable Diffusion's"
         )
-    like = {"channels": unet.get("block_out_channels"), "downscale_factor": vae_factor}
+    widths = [*unet.get("block_out_channels", ())]
+    light = config["adapter_type"] == "light_adapter" and widths[-1:] == widths[-2:-1]
+    like = {"channels": widths[:-1] if light else widths, "downscale_factor": vae_factor}
     check_same(path, config, like, tuple(like))
     if config.get("in_channels") not in (1, 3):
         raise InputError(f"{path}: in_channels {config.get('in_channels')!r} is not 1 or 3: maps are pictures")
