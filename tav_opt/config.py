@@ -439,7 +439,7 @@ class EditConfig(Config):
 
     def filled(self) -> Self:
         """Attention control as it is carried out: what was not given is as `keep` has it, or else off."""
-        found = {"replace_cross": 0.0, "replace_self": 0.0, "direct_inversion": False}
+        found: dict[str, Any] = {"replace_cross": 0.0, "replace_self": 0.0, "direct_inversion": False}
         found |= KEEP.get(self.keep, {}) if self.keep else {}
         return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
 

@@ -353,7 +353,7 @@ class ClipInfo:
 
     def inversion_of(self, edit: EditConfig) -> InversionConfig:
         """Of an edit's start: the clip's own where the edit asks for no other."""
-        asked = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
+        asked: dict[str, Any] = {"steps": edit.inversion_steps, "iterations": edit.inversion_iterations}
         if edit.filled().direct_inversion:  # step by step beside the edit
             asked |= {"steps": edit.steps, "trajectory": True}
         return replace(self.inversion, **{name: value for name, value in asked.items() if value is not None})

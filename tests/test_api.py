@@ -362,12 +362,13 @@ def test_it_speaks_tls_and_other_machines_need_keys(server, tmp_path):
 
 
 @pytest.mark.full
-def test_nvidias_aiperf_measures_it(api, tmp_path):
+def test_nvidias_aiperf_measures_it(api, golden, tmp_path):
     if (program := shutil.which("aiperf")) is None:
         pytest.skip("aiperf is not installed")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"text": "{one}"}}\n' for one in ("a panda", "a bear")))
     asked = [f"--model=first --api-key={KEY} --url={api.url.removesuffix('/v1')} --endpoint-type=video_generation"]
-    asked += ["--tokenizer=builtin --custom-dataset-type=single_turn --download-video-content --ui=none"]
+    tokenizer = golden / "reference_checkpoint" / "sd" / "tokenizer"  # its own is fetched from the net
+    asked += [f"--tokenizer={tokenizer} --custom-dataset-type=single_turn --download-video-content --ui=none"]
     asked += ["--concurrency=2 --request-count=4 --extra-inputs=num_inference_steps:2 --input-file=prompts.jsonl"]
     command = [program, "profile", *" ".join(asked).split(), f"--artifact-dir={tmp_path / 'found'}"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -102,7 +102,15 @@ def test_a_full_disk_is_told_as_such():
     assert answers[-1].status_code == 503 and answers[-1].json()["error"]["code"] == "storage_full"
 
 
-@pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("GET", "/edits"), ("DELETE", "/edits"), ("POST", "/x")])
-def test_other_methods_are_told_which_there_are(method, path):
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "", {"GET", "POST"}),
+        ("GET", "/edits", {"POST"}),
+        ("DELETE", "/edits", {"POST"}),
+        ("POST", "/x", {"GET", "DELETE"}),
+    ],
+)
+def test_other_methods_are_told_which_there_are(method, path, allowed):
     answer = TestClient(APP, headers=HEADERS).request(method, f"/v1/videos{path}")
-    assert answer.status_code == 405 and answer.headers["allow"] and answer.json()["error"]["message"]
+    assert answer.status_code == 405 and set(answer.headers["allow"].split(", ")) == allowed

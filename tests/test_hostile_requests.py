@@ -263,7 +263,7 @@ BOMBS = {"zeros": bomb_of_zeros, "frames": bomb_of_frames, "picture": large_pict
 def test_decompression_bombs_are_refused(server, wire, make):
     answer = wire.ask(raw(to_tensors("first", ONE, video=make())))
     assert answer.status == "INVALID_ARGUMENT", answer
-    assert f"the clip takes {FRAMES} frames of {SIDE}×{SIDE}" in answer.message
+    assert f"the clip takes {FRAMES} to 1024 frames of {SIDE}×{SIDE}" in answer.message
 
 
 def hostile(count: int, seed: int) -> Iterator[bytes]:
@@ -285,7 +285,8 @@ def ask_all(wire: Wire, files: Iterator[bytes]) -> None:
         found[answer.status] += 1
         assert answer.status in ("OK", "INVALID_ARGUMENT"), answer
         if answer.status == "OK":
-            assert answer.last["frames"].shape == (1, FRAMES, SIDE, SIDE, 3)
+            shape = answer.last["frames"].shape
+            assert shape[1] >= FRAMES and (shape[0], *shape[2:]) == (1, SIDE, SIDE, 3)
     print(dict(found))
 
 
@@ -302,6 +303,6 @@ def test_what_was_sent_leaves_no_memory_behind(server, wire):
     """Refused videos and frames are not kept: the metrics of what is kept stand still."""
     names = [name for name in metrics(server) if name.startswith("tav_opt_inversions")]
     before = [metrics(server)[name] for name in names]
-    wire.ask(raw(to_tensors("first", ONE, video=lossless(np.zeros((FRAMES + 1, SIDE, SIDE, 3), np.uint8)))))
+    wire.ask(raw(to_tensors("first", ONE, video=lossless(np.zeros((FRAMES - 1, SIDE, SIDE, 3), np.uint8)))))
     wire.ask(raw(to_tensors("first", ONE, source_frames=np.zeros((1, 1, 1, 3), np.uint8))))
     assert names and [metrics(server)[name] for name in names] == before

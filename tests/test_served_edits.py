@@ -221,7 +221,7 @@ def test_a_video_that_is_sent_is_edited(wire, engine):
     [
         ({"video": b"nonsense" * 9}, "none of"),
         ({"video": lossless(other_frames(3)[:2])}, "2 frames"),
-        ({"video": lossless(other_frames(3)[:, :32])}, "frames of 64×32; the clip takes 4 frames of 64×64"),
+        ({"video": lossless(other_frames(3)[:, :32])}, "frames of 64×32; the clip takes 4 to 1024 frames of 64×64"),
         ({"source_frames": other_frames(3)[:2]}, "has 2 frames of 64×64; clip first takes 4"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 
 from tav_opt import cli, video
 from tav_opt.suite import study as studies
-from tav_opt.suite.answers import Answers
+from tav_opt.suite.rater_answers import Answers
 from tav_opt.suite.tally import tally
 
 QUESTIONS = list(studies.QUESTIONS)

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tav_opt.suite.rows import Row
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Place, Unit, measured_by, units
+from tav_opt.suite.waiting import Waiting
 
 HERE = Place(**PLACE)
 
@@ -491,6 +493,24 @@ def test_one_folder_has_one_driver(small: Any, tmp_path: Path, capsys: pytest.Ca
     with UnitStore(tmp_path / "out").claimed():
         status, _, error = evaluate(capsys, small(), "--out", tmp_path / "out")
     assert status == 2 and "is being evaluated by another process" in error
+
+
+def test_what_waits_is_taken_by_the_model_in_hand_and_given_up_with_what_it_needs() -> None:
+    def unit(name: str, *needs: str, model: str = "") -> Any:
+        return SimpleNamespace(id=name, needs=needs, model=model)
+
+    first, second = unit("s1"), unit("s2")
+    tuned = [unit("t1", "s1", model="video"), unit("t2", "s2", model="video")]
+    inverted, edit = unit("i1", "s1", model="image"), unit("e1", "s1", "t1", model="video")
+    measured = unit("m1", "s1", "e1")
+    plan = [unit("s0"), first, tuned[0], inverted, edit, measured, second, tuned[1]]
+    waiting = Waiting(plan, {"s0"}, lambda one: one.model)
+    assert [waiting.take([]), waiting.take([]), waiting.take([])] == [first, second, None]
+    waiting.end(second)
+    waiting.end(first)
+    assert waiting.take(["image"]) is inverted and waiting.take(["image"]) is tuned[0], "the first, where none is liked"
+    assert waiting.give_up(tuned[0]) == [edit, measured] and waiting
+    assert waiting.take(["video"]) is tuned[1] and not waiting
 
 
 def test_time_left_counts_what_can_still_be_done() -> None:

@@ -66,8 +66,11 @@ def application(service: Service) -> FastAPI:
     return app
 
 
-def _refuse(_request: Request, error: Exception) -> JSONResponse:
-    return refusal(_refused(error))
+def _refuse(request: Request, error: Exception) -> JSONResponse:
+    refused = _refused(error)
+    if refused.status == 405:
+        refused.headers["Allow"] = described.methods(request.app, request.url.path)
+    return refusal(refused)
 
 
 def _refused(error: Exception) -> Refused:

@@ -8,11 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import compile_path
 
 from tav_opt.api.answers import Refusal
 from tav_opt.api.asked_fields import SOURCE, files, request_model
 from tav_opt.api.orders import Kind
 
+_SCHEMAS = "#/components/schemas/{model}"
 _REASONS = {
     400: "something in the request is wrong",
     401: "the key is missing or unknown",
@@ -27,7 +29,8 @@ _REASONS = {
 
 def refused_with(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route, of which some are those of all that need a key."""
-    return {status: {"model": Refusal, "description": _REASONS[status]} for status in sorted({401, 403, *statuses})}
+    content = {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=Refusal.__name__)}}}
+    return {status: {"description": _REASONS[status], "content": content} for status in sorted({401, 403, *statuses})}
 
 
 def sent_as(kinds: Mapping[Any, tuple[str, str]]) -> dict[int | str, dict[str, Any]]:
@@ -41,7 +44,7 @@ def sent_as(kinds: Mapping[Any, tuple[str, str]]) -> dict[int | str, dict[str, A
 
 def asked_by(kind: Kind) -> dict[str, Any]:
     """The body of a route: the same fields in JSON and in a form, where files come as they are."""
-    in_json = request_model(kind).model_json_schema(ref_template="#/components/schemas/{model}")
+    in_json = request_model(kind).model_json_schema(ref_template=_SCHEMAS)
     in_json.pop("$defs")
     in_form = copy.deepcopy(in_json)
     for name in {SOURCE, "video", *files()} & set(in_form["properties"]):
@@ -59,6 +62,20 @@ def document(app: FastAPI) -> dict[str, Any]:
         schemas = found["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        schemas |= request_model("videos").model_json_schema()["$defs"]
+        refusal = Refusal.model_json_schema(ref_template=_SCHEMAS)
+        schemas |= {
+            Refusal.__name__: refusal,
+            **refusal.pop("$defs"),
+            **request_model("videos").model_json_schema()["$defs"],
+        }
         app.openapi_schema = found
     return app.openapi_schema
+
+
+def methods(app: FastAPI, path: str) -> str:
+    """By which a path is asked, as the header Allow has it; a path of its own goes before those with parameters."""
+    paths = app.openapi()["paths"]
+    found: dict[str, Any] = paths.get(path) or next(
+        (paths[one] for one in paths if compile_path(one)[0].match(path)), {}
+    )
+    return ", ".join(name.upper() for name in found)

@@ -140,8 +140,9 @@ async def _create(request: Request, owner: str, service: Service, kind: Kind) ->
             bytes=sum(_size(file) for file in body.files.values()),
         )
         await _keep(service, job, body.files, made, SOURCE if kind == "videos" else "video")
+    told = _told(service, service.jobs.get(job.id) or job)  # which has its place in the queue
     service.runner.wake()
-    return _told(service, job)
+    return told
 
 
 async def _keep(service: Service, job: Job, files: Mapping[str, IO[bytes]], made: Job | None, name: str) -> None:

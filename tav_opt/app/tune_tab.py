@@ -77,7 +77,7 @@ class TuneTab:
     def _events(self) -> None:
         told = [self.status, self.failure, self.loss, self.previews, self.timer]
         train = [*self.train_shown, *self.more_shown]
-        shown = [self.video, self.model, *self.clip_shown, *train]
+        shown: list[Any] = [self.video, self.model, *self.clip_shown, *train]
         gr.on(
             [one.change for one in shown],
             self.looked_at,

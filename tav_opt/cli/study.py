@@ -86,9 +86,9 @@ def _serve(args: ServeStudy) -> None:
 
 def _tally(args: TallyStudy) -> None:
     from tav_opt.files import write_json
-    from tav_opt.suite import answers, study, tally
+    from tav_opt.suite import rater_answers, study, tally
 
     asked = study.read(args.study)
-    found = tally.tally(asked, answers.read_all(args.study, asked))
+    found = tally.tally(asked, rater_answers.read_all(args.study, asked))
     write_json(args.study / "tally.json", asdict(found))
     print(tally.as_markdown(found))

@@ -47,8 +47,14 @@ class Control:
         """Of the tensors of CONTROL, numbers in the network's dtype; raises InputError for others."""
         if wrong := sorted(set(CONTROL) ^ set(told)):
             raise InputError(f"attention control is told {', '.join(told)}: {wrong[0]} is missing, or is none of it")
-        numbers = {name: told[name].to(dtype) for name in ("token_map", "word_weights", "blend_words")}
-        return cls(self_source=told["self_source"], cross_source=told["cross_source"], size=size, **numbers)
+        return cls(
+            self_source=told["self_source"],
+            cross_source=told["cross_source"],
+            token_map=told["token_map"].to(dtype),
+            word_weights=told["word_weights"].to(dtype),
+            blend_words=told["blend_words"].to(dtype),
+            size=size,
+        )
 
     def within_frames(self, x: Tensor, frames: int) -> Tensor:
         """Queries or keys (b f) n c of spatial attention → those that each row takes."""

@@ -108,8 +108,8 @@ def _positions(words: Word | Sequence[Word]) -> tuple[int, ...]:
 
 def _aligned(source: Prompt, edit: Prompt) -> list[tuple[tuple[Word, ...], tuple[Word, ...]]]:
     """The two prompts in parts, the source's words and the edit's: the same, or some in the place of others."""
-    texts = ([word.text for word in prompt.words] for prompt in (source, edit))
-    found = SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
+    before, after = ([word.text for word in prompt.words] for prompt in (source, edit))
+    found = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
     return [(source.words[a:b], edit.words[c:d]) for _, a, b, c, d in found]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -24,6 +26,7 @@ from tav_opt.suite.workshop import Workshop
 
 Ray = Any
 """The module: an extra, not installed everywhere."""
+CONNECT_SECONDS = 10
 TRIES = 3
 """Of a unit whose worker died, as of a lost node or of the system's hand when memory is short."""
 
@@ -145,6 +148,8 @@ def connected(address: str | None, workers: int) -> Iterator[Ray]:
     except ModuleNotFoundError:
         raise InputError("workers need Ray, which is not installed: pip install 'tav-opt[ray]'") from None
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    if address is not None:
+        _check_answers(address)
     try:
         if address is None:
             ray.init(num_cpus=workers, **quiet)
@@ -156,6 +161,16 @@ def connected(address: str | None, workers: int) -> Iterator[Ray]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises InputError where nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    try:
+        if parts.hostname is not None and parts.port is not None:
+            socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Ray answers at {address}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def place_on(ray: Ray, device: str, dtype: str) -> Place:

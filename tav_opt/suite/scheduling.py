@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tav_opt.command import MAX_LINE
 from tav_opt.config import InputError, first_line
 from tav_opt.files import DiskFull
 from tav_opt.suite.unit_store import UnitStore
 from tav_opt.suite.units import Unit, model_of
+from tav_opt.suite.waiting import Waiting
 from tav_opt.suite.workshop import Workshop
 
 
@@ -91,7 +92,7 @@ class Progress:
 
     total: int
     workers: int
-    left: Counter[str]
+    left: Counter[Any]
     """Units that are not done, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Of those that were done, in this run or before, by kind."""
@@ -127,13 +128,13 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
     """
     faults: dict[str, str] = {}
     done = {unit.id for unit in planned if store.done(unit)}
-    waiting = [unit for unit in planned if unit.id not in done]
-    progress = Progress(len(planned), workers, Counter(unit.kind for unit in waiting), _seconds(planned, store, done))
+    waiting = Waiting(planned, done, model_of)
+    left = Counter(unit.kind for unit in planned if unit.id not in done)
+    progress = Progress(len(planned), workers, left, _seconds(planned, store, done))
     kept_back: list[Unit] = []
     running = 0
     while waiting or running:
-        while pool.room() and (unit := _ready(waiting, done, pool.held())) is not None:
-            waiting.remove(unit)
+        while pool.room() and (unit := waiting.take(pool.held())) is not None:
             pool.start(unit)
             running += 1
         ended = pool.wait()
@@ -144,12 +145,11 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
         if ended.fatal:
             raise DiskFull(str(ended.fault))
         if ended.fault is None:
-            done.add(ended.unit.id)
+            waiting.end(ended.unit)
             progress.seconds.setdefault(ended.unit.kind, []).append(ended.seconds)
         else:
             faults[_told(ended.unit, faults)] = ended.fault
-            lost = _needing(ended.unit, waiting)
-            waiting = [unit for unit in waiting if unit not in lost]
+            lost = waiting.give_up(ended.unit)
             progress.left.subtract(unit.kind for unit in lost)
             kept_back += lost
         on_end(ended, progress)
@@ -160,27 +160,6 @@ def _told(unit: Unit, faults: Collection[str]) -> str:
     """A name of its own for a unit that failed: a video may be tuned in several ways."""
     name = f"{unit.kind} {unit.name}"
     return f"{name} ({unit.key[:8]})" if name in faults else name
-
-
-def _ready(waiting: Iterable[Unit], done: set[str], held: Collection[str]) -> Unit | None:
-    """The first that can be done with a model in hand, or with none; else the first that can be done."""
-    first = None
-    for unit in waiting:
-        if done.issuperset(unit.needs):
-            if model_of(unit) in ("", *held):
-                return unit
-            first = first or unit
-    return first
-
-
-def _needing(failed: Unit, waiting: list[Unit]) -> list[Unit]:
-    """Those that cannot be done without a unit; each stands after what it needs."""
-    ids, found = {failed.id}, list[Unit]()
-    for unit in waiting:
-        if ids.intersection(unit.needs):
-            ids.add(unit.id)
-            found.append(unit)
-    return found
 
 
 def _seconds(planned: list[Unit], store: UnitStore, done: set[str]) -> dict[str, list[float]]:

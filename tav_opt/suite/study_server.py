@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tav_opt.config import InputError
-from tav_opt.suite import answers
+from tav_opt.suite import rater_answers
 from tav_opt.suite.study import PAGE_FOLDER, Study, read
 
 MAX_BYTES = 4 << 20
@@ -24,7 +24,7 @@ MAX_RATERS = 10_000
 _PRIVATE = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
-def app(folder: Path, study: Study, on_answers: Callable[[answers.Answers], object]) -> Starlette:
+def app(folder: Path, study: Study, on_answers: Callable[[rater_answers.Answers], object]) -> Starlette:
     """The page and what lies beside it at `/`, and `POST /answers`; the key is not served."""
 
     async def take(request: Request) -> Response:
@@ -36,14 +36,14 @@ def app(folder: Path, study: Study, on_answers: Callable[[answers.Answers], obje
             if len(body) > MAX_BYTES:
                 return PlainTextResponse(f"answers have {MAX_BYTES} bytes at most", 413, _PRIVATE)
         try:
-            found = answers.checked(json.loads(body), study, "answers")
+            found = rater_answers.checked(json.loads(body), study, "answers")
         except (InputError, ValueError, RecursionError) as error:
             told = str(error) if isinstance(error, InputError) else "this is not JSON"
             return PlainTextResponse(told, 400, _PRIVATE)
-        if len(list((folder / answers.ANSWERS).iterdir())) >= MAX_RATERS:
+        if len(list((folder / rater_answers.ANSWERS).iterdir())) >= MAX_RATERS:
             return PlainTextResponse(f"{MAX_RATERS} have answered", 507, _PRIVATE)
         try:
-            answers.keep(folder, found)
+            rater_answers.keep(folder, found)
         except InputError as error:
             return PlainTextResponse(str(error), 409, _PRIVATE)
         on_answers(found)

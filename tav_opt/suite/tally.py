@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tav_opt.config import InputError
-from tav_opt.suite.answers import Answers
 from tav_opt.suite.intervals import fleiss_kappa, grouped
+from tav_opt.suite.rater_answers import Answers
 from tav_opt.suite.study import QUESTIONS, Item, Study
 
 
