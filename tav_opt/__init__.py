@@ -31,6 +31,7 @@ _PUBLIC = {
     "ClipConfig": ("tav_opt.config", "ClipConfig"),
     "TrainConfig": ("tav_opt.config", "TrainConfig"),
     "EditConfig": ("tav_opt.config", "EditConfig"),
+    "Control": ("tav_opt.config", "Control"),
     "InputError": ("tav_opt.config", "InputError"),
 }
 

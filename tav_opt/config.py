@@ -152,6 +152,8 @@ def check_numbers(config: Any) -> None:
         if is_dataclass(value):
             check_numbers(value)
         for number in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(number) and number is not value:
+                check_numbers(number)
             if name in found and number is not None and number not in found[name]:
                 raise InputError(f"{name.replace('_', ' ')} {number} is not within {found[name]}")
 
@@ -349,6 +351,21 @@ class PersonaliseConfig(OptimiserConfig):
     """Classifier-free guidance scale of the class's pictures and the previews."""
 
 
+@documented
+@dataclass(frozen=True, kw_only=True)
+class Control(Config):
+    """How far an edit follows maps, by a ControlNet or a T2I-Adapter of this name."""
+
+    name: str
+    """As `pose`: the network's and the maps' own."""
+    scale: Annotated[float, Within(0, 10)] = 1.0
+    """What is added inside the UNet is multiplied by it."""
+    start: Annotated[float, Within(0, 1)] = 0.0
+    """Share of the steps after which it begins."""
+    end: Annotated[float, Within(0, 1)] = 1.0
+    """Share of the steps after which it has ended."""
+
+
 EDIT_DEFAULTS = ("steps", "guidance_scale", "inversion")
 """The settings of an edit that a clip may bring with it; a request that leaves them out gets the clip's."""
 PRESETS: Mapping[Preset, Mapping[str, Any]] = {
@@ -414,6 +431,11 @@ class EditConfig(Config):
     """WORD:WEIGHT of words to draw, what their part in attention is multiplied by."""
     direct_inversion: bool | None = None
     """Put the source back on its inverted trajectory at every step while the edit looks at it; default: off."""
+
+    controls: tuple[Control, ...] = ()
+    """What the edit follows beside its prompt; each has a network, and maps of every frame."""
+    control_inversion: bool = False
+    """The source is inverted with the conditions, too; False: without, as it was tuned."""
 
     def filled(self) -> Self:
         """Attention control as it is carried out: what was not given is as `keep` has it, or else off."""

@@ -17,6 +17,7 @@ from tav_opt.config import (
     FILLED_IN,
     PRESETS,
     ClipConfig,
+    Control,
     EditConfig,
     EngineName,
     Fps,
@@ -134,6 +135,28 @@ STREAM_INPUTS = (
         optional=True,
     ),
     ServedTensor(
+        name="control", dtype="STRING", shape=(-1,), doc="networks of the clip's base that follow maps", optional=True
+    ),
+    ServedTensor(
+        name="control_video",
+        dtype="STRING",
+        shape=(-1,),
+        doc="the maps: a video file for each control, of the clip's frames and size",
+        optional=True,
+    ),
+    ServedTensor(
+        name="control_scale", dtype="FP32", shape=(-1,), doc="how far each is followed; absent: 1", optional=True
+    ),
+    ServedTensor(
+        name="control_start", dtype="FP32", shape=(-1,), doc="share of the steps before each; absent: 0", optional=True
+    ),
+    ServedTensor(
+        name="control_end", dtype="FP32", shape=(-1,), doc="share of the steps to its end; absent: 1", optional=True
+    ),
+    ServedTensor(
+        name="control_inversion", dtype="BOOL", shape=(1,), doc="true: the source is inverted with them", optional=True
+    ),
+    ServedTensor(
         name="video", dtype="STRING", shape=(1,), doc="a video file to edit in the clip's place", optional=True
     ),
     ServedTensor(
@@ -224,6 +247,9 @@ MAX_PROMPTS = 8
 WORDS = ("blend_words", "word_weights")
 """Settings of several texts."""
 MAX_WORDS = 64
+MAX_CONTROLS = MAX_PROMPTS
+_OF_CONTROLS = ("scale", "start", "end")
+"""Numbers of each control, on the wire with `control_` before them."""
 MAX_TEXT_BYTES = 4096
 """Of one text; the tokenizer's own limit, some 77 tokens, is far below."""
 MAX_VIDEO_BYTES = 64 << 20
@@ -246,6 +272,8 @@ class Request:
     """uint8 (f, H, W, 3) RGB, of the same kind."""
     mask: bytes | None = None
     """A video file of the source's size, of one frame or as many: white where the picture may change."""
+    control_videos: tuple[bytes, ...] = ()
+    """Of the edit's controls, in their order: video files of the source's size, of as many frames."""
     preview_interval: int = 0
     """A preview every so many steps of sampling; 0: none."""
     output: Output = "frames"
@@ -404,6 +432,9 @@ def edit_metadata(
         found |= {name: round(getattr(filled, name), 6) for name in ("replace_cross", "replace_self")}
         texts["source_prompt"] = info.prompt if config.source_prompt is None else config.source_prompt
         texts |= {name: list(getattr(config, name)) for name in WORDS}
+    if config.controls:
+        numbers = [{name: round(getattr(one, name), 6) for name in _OF_CONTROLS} for one in config.controls]
+        found["controls"] = [{"name": one.name} | told for one, told in zip(config.controls, numbers, strict=True)]
     return found | (texts if with_prompts else {})
 
 
@@ -433,6 +464,7 @@ def to_tensors(
     video: bytes | None = None,
     source_frames: np.ndarray | None = None,
     mask: bytes | None = None,
+    control_videos: Sequence[bytes] = Request.control_videos,
     preview_interval: int = Request.preview_interval,
     output: Output = Request.output,
     fps: float | None = Request.fps,
@@ -448,7 +480,7 @@ def to_tensors(
     check_preset(preset, set(FILLED_IN) - set(left_out))
     values: dict[str, Any] = {"clip": clip, "prompt": list(config.prompts), "video": video, "output": output}
     values |= {"source_frames": source_frames, "mask": mask, "preview_interval": preview_interval or None}
-    values |= {"fps": fps}
+    values |= {"fps": fps} | _control_values(config, control_videos)
     # Servers of before do not know these inputs.
     values |= {"prompt_metadata": prompt_metadata or None, "preset": None if preset == "exact" else preset}
     usual = {name for name in set(FILLED_IN) - set(EDIT_DEFAULTS) if getattr(config, name) == getattr(EditConfig, name)}
@@ -457,6 +489,22 @@ def to_tensors(
     values |= {name: None if name in absent else getattr(config, name) for name in settings}
     values |= {name: list(values[name]) or None for name in WORDS}
     return {t.name: _to_tensor(t, values[t.name]) for t in STREAM_INPUTS if values[t.name] is not None}
+
+
+def _control_values(config: EditConfig, videos: Sequence[bytes]) -> dict[str, Any]:
+    """Of the inputs that tell of controls; None where all is as it is without them."""
+    if len(videos) != len(config.controls):
+        raise InputError(f"{len(videos)} videos of maps for {len(config.controls)} controls: each needs one")
+    numbers = {name: [getattr(one, name) for one in config.controls] for name in _OF_CONTROLS}
+    return {
+        "control": [one.name for one in config.controls] or None,
+        "control_video": list(videos) or None,
+        "control_inversion": config.control_inversion or None,
+        **{
+            f"control_{name}": found if any(value != getattr(Control, name) for value in found) else None
+            for name, found in numbers.items()
+        },
+    }
 
 
 def _to_tensor(tensor: ServedTensor, value: Any) -> np.ndarray:
@@ -507,15 +555,36 @@ def from_tensors(tensors: Mapping[str, np.ndarray]) -> Request:
         if not 1 <= len(found) <= MAX_WORDS:
             raise InputError(f"{len(found)} {name}: 1…{MAX_WORDS} make sense, or none and no such input")
     settings = {f.name: values.pop(f.name)[0] for f in fields(EditConfig) if f.name in values} | words
+    controls, videos = _controls(values)
     frames = values.pop("source_frames", None)
     request = Request(
-        edit=EditConfig(prompts=tuple(prompts), **settings),
+        edit=EditConfig(prompts=tuple(prompts), controls=controls, **settings),
+        control_videos=videos,
         source_frames=frames,
         given=frozenset(settings),
         **{name: value[0] for name, value in values.items()},
     )
     check_request(request)
     return request
+
+
+def _controls(values: dict[str, Any]) -> tuple[tuple[Control, ...], tuple[bytes, ...]]:
+    """What is told of controls, taken out of the values, and their videos."""
+    told = {name: values.pop(f"control_{name}") for name in ("video", *_OF_CONTROLS) if f"control_{name}" in values}
+    if "control" not in values and not told:
+        return (), ()
+    names = values.pop("control", [])
+    if not 1 <= len(names) <= MAX_CONTROLS:
+        raise InputError(f"{len(names)} controls: 1…{MAX_CONTROLS} make sense, or none and no such input")
+    for kind, found in {"video": [], **told}.items():
+        if len(found) != len(names):
+            raise InputError(f"input control_{kind} has {len(found)} entries for {len(names)} controls")
+    videos = told.pop("video")
+    made = (
+        Control(name=check_clip_name(name), **{kind: float(found[number]) for kind, found in told.items()})
+        for number, name in enumerate(names)
+    )
+    return tuple(made), tuple(videos)
 
 
 def check_request(request: Request) -> None:
@@ -541,7 +610,7 @@ def _from_tensor(tensor: ServedTensor, array: np.ndarray) -> Any:
         free not in (-1, n) for free, n in zip(tensor.shape, array.shape, strict=True)
     ):
         raise InputError(f"input {tensor.name} has shape {list(array.shape)}, not {list(tensor.shape)}")
-    if tensor.name in ("video", "mask"):
+    if tensor.name in ("video", "mask", "control_video"):
         return [_video(tensor.name, item) for item in array]
     if tensor.dtype == "STRING":
         return [_text(tensor.name, item) for item in array]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tav_opt import blending, ddim, inversion
-from tav_opt.conditions import token_map
+from tav_opt.conditions import condition, token_map
 from tav_opt.conditions.attention_control import CONTROL
+from tav_opt.conditions.condition import Condition, Conditioned
 from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
 from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, PathLike, SolverName, check_numbers, check_text
@@ -39,6 +41,7 @@ def check(config: EditConfig) -> None:
     if config.solver != "ddim" and config.eta > 0:
         raise InputError(f"eta {config.eta:g} with solver {config.solver}: only ddim adds noise")
     _check_control(config)
+    _check_following(config)
 
 
 def _check_control(config: EditConfig) -> None:
@@ -66,6 +69,23 @@ def _check_control(config: EditConfig) -> None:
         )
 
 
+def _check_following(config: EditConfig) -> None:
+    if config.controls and config.controlled:
+        raise InputError(
+            f"control {config.controls[0].name!r} with attention control (keep, replace, blend words, word weights): "
+            "no network is exported for both; give one of them"
+        )
+    if not config.control_inversion:
+        return
+    if not config.controls or not config.inversion:
+        raise InputError("control inversion would change nothing: there is no control, or no inversion")
+    for one in config.controls:
+        if (one.start, one.end) != (0, 1):
+            raise InputError(
+                f"control {one.name}: a window of steps, {one.start:g}…{one.end:g}, with control inversion"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calls:
     """How an edit calls the network, whose frames may be fewer than the edit's."""
@@ -78,11 +98,26 @@ class Calls:
     def predict(self, engine: Engine) -> ddim.Predict:
         """The engine's `predict` for latents (b, c, f, h, w) of as many frames as it takes, or more."""
 
-        def asked(latents: Tensor, timestep: ddim.Timestep, text: Tensor) -> Tensor:
+        def asked(latents: Tensor, timestep: ddim.Timestep, text: ddim.Text) -> Tensor:
             self.on_call()
             return engine.predict(latents, timestep, text)
 
         return windowed(asked, engine.info.network_frames, at_once=self.windows_at_once)
+
+
+def conditions(
+    engine: Engine, config: EditConfig, maps: Mapping[str, np.ndarray], frames: int | None = None
+) -> list[Condition]:
+    """What the edit follows: uint8 `maps` (f, H, W, 3) by the names of its controls, seen by the engine's networks.
+
+    `frames` are those of another source than the clip. Raises InputError for controls, networks and maps that do not
+    belong together.
+    """
+    info = engine.info
+    if not config.controls and not maps:
+        return []
+    shape = (info.frames if frames is None else frames, info.height, info.width, 3)
+    return condition.conditions(engine.networks, config.controls, maps, shape, engine.source_latents.device)
 
 
 def start_latents(
@@ -91,6 +126,7 @@ def start_latents(
     source: Tensor | None = None,
     on_step: ddim.OnStep = lambda _: None,
     *,
+    following: Sequence[Condition] = (),
     calls: Calls = Calls(),
 ) -> Tensor:
     """The latents (1, c, f, h, w) that sampling starts from; with direct inversion the last of (steps + 1, …).
@@ -102,7 +138,7 @@ def start_latents(
         like = engine.source_latents if source is None else source
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(config.seed)).to(like)
     asked = engine.info.inversion_of(config)
-    if source is None and asked.key == engine.info.inversion.key:
+    if source is None and asked.key == engine.info.inversion.key and not config.control_inversion:
         return engine.inverted_latents
     trajectory = [engine.source_latents if source is None else source]
 
@@ -111,8 +147,9 @@ def start_latents(
             trajectory.append(step.latents)
         on_step(step)
 
-    empty = engine.encode_text([""])
-    found = inversion.invert(calls.predict(engine), trajectory[0], empty, engine.schedule, asked, on_step=led)
+    predict, empty = calls.predict(engine), engine.encode_text([""])
+    predict = condition.always(predict, following) if config.control_inversion else predict
+    found = inversion.invert(predict, trajectory[0], empty, engine.schedule, asked, on_step=led)
     return torch.cat(trajectory) if asked.trajectory else found
 
 
@@ -179,6 +216,7 @@ def sample(
     *,
     at_once: int = 1,
     blend: ddim.Blend | None = None,
+    following: Sequence[Condition] = (),
     calls: Calls = Calls(),
     on_step: ddim.OnStep = lambda _: None,
 ) -> Iterator[Tensor]:
@@ -192,6 +230,8 @@ def sample(
     total = config.steps * len(batches)
     for number, batch in enumerate(batches):
         predict, step = calls.predict(engine), solver(config.solver, config.steps)
+        if following:
+            predict = Conditioned(predict, following, config.steps)
         if config.controlled:
             beside = _beside(engine, predict, config, config.prompts[number], text[-1:], start)
             predict, step = beside, beside.solver(step) if config.blends else step
@@ -223,6 +263,7 @@ def edit(
     *,
     frames: np.ndarray | None = None,
     mask: np.ndarray | PathLike | None = None,
+    maps: Mapping[str, np.ndarray] = MappingProxyType({}),
     windows_at_once: int = 1,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
@@ -230,15 +271,17 @@ def edit(
 
     Prompts alone stand for EditConfig(prompts=…). One prompt after the other: memory stays that of one guided edit, and
     of a clip longer than the network takes that of so many windows at once. A `mask`, bool (1 or f, H, W) or a file as
-    `video.masks.of_edit` reads it, is true where the picture may change. Raises InputError for impossible settings;
-    what `on_progress` raises, such as ddim.Stopped, ends the edit.
+    `video.masks.of_edit` reads it, is true where the picture may change; `maps`, uint8 (f, H, W, 3) by name, are what
+    the edit's controls follow, by the engine's networks. Raises InputError for impossible settings; what `on_progress`
+    raises, such as ddim.Stopped, ends the edit.
     """
     config = edit if isinstance(edit, EditConfig) else engine.info.edited(EditConfig.of(edit))
     check(config)
     info, calls = engine.info, Calls(windows_at_once=windows_at_once)
+    count = info.frames if frames is None else len(frames)
     if mask is not None and not isinstance(mask, np.ndarray):
-        count = info.frames if frames is None else len(frames)
         mask = masks.of_edit(mask, engine.source, count, info.height, info.width)
+    following = conditions(engine, config, maps, count)
     text = encode_prompts(engine, config)
 
     def told(step: ddim.Step) -> None:
@@ -246,8 +289,8 @@ def edit(
             on_progress(step.stage, step.number, step.total)
 
     source = None if frames is None else engine.encode_video(frames)
-    start = start_latents(engine, config, source, told, calls=calls)
+    start = start_latents(engine, config, source, told, following=following, calls=calls)
     source = engine.source_latents if source is None else source
     kept = None if mask is None else blend(engine, config, mask, source, start)
-    sampled = sample(engine, config, text, start, blend=kept, calls=calls, on_step=told)
+    sampled = sample(engine, config, text, start, blend=kept, following=following, calls=calls, on_step=told)
     return np.concatenate([engine.decode(latents) for latents in sampled])

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tav_opt.conditions.condition import is_added
 from tav_opt.config import InputError
 from tav_opt.ddim import Predict, Text, Timestep
 
@@ -61,8 +62,8 @@ def windowed(predict: Predict, window: int, *, at_once: int = 1) -> Predict:
     """`predict` for latents of any number of frames, made of one that takes `window` of them.
 
     So many windows of a step go through it `at_once`, one behind the other in the batch. Latents of `window` frames
-    are handed on as they are. Of a text that is a mapping, tensors (b,c,f,h,w) are cut as the latents are. Raises
-    InputError for fewer frames.
+    are handed on as they are. Of a text that is a mapping, what conditions add, (b,f,c',h',w'), and tensors (b,c,f,h,w)
+    are cut as the latents are. Raises InputError for fewer frames.
     """
 
     def whole(latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
@@ -103,10 +104,12 @@ def _for_each(timestep: Timestep, begins: list[int]) -> Timestep:
 def _of_windows(text: Text, begins: list[int], total: int, window: int) -> Text:
     if isinstance(text, Tensor):
         return torch.cat([text] * len(begins))
-    return {name: torch.cat(_cuts(value, begins, total, window)) for name, value in text.items()}
+    return {name: torch.cat(_cuts(name, value, begins, total, window)) for name, value in text.items()}
 
 
-def _cuts(value: Tensor, begins: list[int], total: int, window: int) -> list[Tensor]:
+def _cuts(name: str, value: Tensor, begins: list[int], total: int, window: int) -> list[Tensor]:
+    if is_added(name):
+        return [cut(value.transpose(1, 2), begin, window).transpose(1, 2) for begin in begins]
     if value.ndim == 5 and value.shape[2] == total:
         return [cut(value, begin, window) for begin in begins]
     return [value] * len(begins)

@@ -51,7 +51,7 @@ class FakeEngine:
         on_part()
         return np.zeros((latents.shape[0], latents.shape[2], 8, 8, 3), np.uint8)
 
-    def extra_bytes(self, prompts, *, encode=False, windows=1, told=("text",)):
+    def extra_bytes(self, prompts, *, encode=False, windows=1, told=("text",), controls=(), frames=0):
         return prompts * windows * GIB
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tav_opt.config import EditConfig, InputError
+from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import (
     MAX_VIDEO_BYTES,
     STREAM_INPUTS,
@@ -67,12 +67,30 @@ def test_sources_previews_and_output_survive_the_wire():
     assert from_tensors(to_tensors("toy", config, mask=b"\xff\x00")).mask == b"\xff\x00"
 
 
+def test_controls_survive_the_wire():
+    controls = (Control(name="pose", scale=0.5), Control(name="depth", start=0.25, end=0.5))
+    config = EditConfig(prompts=("x",), controls=controls, control_inversion=True)
+    request = from_tensors(to_tensors("toy", config, control_videos=[b"\xff", b"b"]))
+    assert (request.edit, request.control_videos) == (config, (b"\xff", b"b"))
+    usual = to_tensors("toy", EditConfig(prompts=("x",), controls=(Control(name="pose"),)), control_videos=[b"a"])
+    assert {name for name in usual if name.startswith("control")} == {"control", "control_video"}
+    assert not [name for name in to_tensors("toy", EditConfig(prompts=("x",))) if name.startswith("control")]
+    with pytest.raises(InputError, match="1 videos of maps for 2 controls"):
+        to_tensors("toy", config, control_videos=[b"a"])
+
+
 def test_every_setting_of_a_request_is_served():
     names = {t.name for t in STREAM_INPUTS}
-    assert names - {"prompt"} == ({f.name for f in fields(EditConfig)} | {f.name for f in fields(Request)}) - {
+    of_controls = {"control", "control_video", *(f"control_{f.name}" for f in fields(Control) if f.name != "name")}
+    assert of_controls <= names
+    assert names - of_controls - {"prompt"} == (
+        {f.name for f in fields(EditConfig)} | {f.name for f in fields(Request)}
+    ) - {
         "prompts",
         "edit",
         "given",
+        "controls",
+        "control_videos",
     }
     assert names - {t.name for t in UNARY_INPUTS} == {"preview_interval"}
 
@@ -113,6 +131,14 @@ def text(*items: bytes) -> np.ndarray:
         ({"source_frames": np.zeros((2, 4, 4, 4), np.uint8)}, r"not \[-1, -1, -1, 3\]"),
         ({"source_frames": np.zeros((2, 4, 4, 3), np.uint8), "video": text(b"a")}, "video and source_frames: give one"),
         ({"video": text(b"a"), "inversion": np.array([False])}, "video without inversion"),
+        ({"control": text()}, "0 controls: 1…8"),
+        ({"control": text(b"pose")}, "control_video has 0 entries for 1 controls"),
+        ({"control_scale": np.array([1], np.float32)}, "0 controls"),
+        ({"control": text(b"Pose"), "control_video": text(b"a")}, "is not 1…63"),
+        (
+            {"control": text(b"a"), "control_video": text(b"a"), "control_end": np.ones(2, np.float32)},
+            "control_end has 2 entries for 1 controls",
+        ),
     ],
 )
 def test_malformed_requests_are_refused(change, words):

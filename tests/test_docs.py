@@ -24,6 +24,7 @@ import owned
 import pytest
 import supervised
 import torch
+from controls import maps_of, write_adapter, write_controlnet
 from exported import FRAMES, SIDE
 from safetensors.torch import save_file
 from suites import FRAMES as SUITE_FRAMES
@@ -434,6 +435,18 @@ def served_at_home(world: World) -> None:
     assert frames_of(world.folder / "panda.mp4") == (FRAMES, SIDE, SIDE, 3)
 
 
+def followed(world: World) -> None:
+    """The video to follow, and networks for the clip's base, are written first."""
+    pytest.importorskip("cv2")
+    sd, folder = Path(world.places["model"]), world.folder
+    write_controlnet(sd, folder / "controlnet-canny", 1)
+    write_adapter(sd, folder / "adapter-canny", 2)
+    video.write(folder / "dance.mp4", maps_of(FRAMES, SIDE, SIDE, 3), 8)
+    world.shell(BLOCKS["conditions.md: Edits that follow maps, sh 1"])
+    for name in ("edges.mp4", "followed.mp4", "kept.mp4", "served.mp4"):
+        assert frames_of(folder / name) == (FRAMES, SIDE, SIDE, 3)
+
+
 def personalised(world: World) -> None:
     for number in range(3):
         picture = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -477,6 +490,10 @@ CHECKS = {
     "bases.md: Bases of your own, sh 1": of_ones_own,
     "bases.md: Bases of your own, python 1": edited("bases.md: Bases of your own, python 1", "frames"),
     "bases.md: A subject of your own, sh 1": personalised,
+    "conditions.md: Edits that follow maps, sh 1": followed,
+    "conditions.md: Edits that follow maps, python 1": edited(
+        "conditions.md: Edits that follow maps, python 1", "frames"
+    ),
     "metrics.md: Metrics, python 1": prepared,
     "metrics.md: Metrics, sh 1": measured,
     "metrics.md: Metrics, python 2": measured_in_python,

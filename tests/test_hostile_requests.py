@@ -136,6 +136,13 @@ BAD_VALUES: dict[str, list[object]] = {
     "mask": [b"", b"\0", b"nonsense", b"\xff" * 10_000, b"<svg/>", b"#EXTM3U\nfile:///etc/passwd\n", *BAD_MASKS],
     "inversion": [],  # every byte is read as true or false
     "prompt_metadata": [],
+    # Without the others, or of a base that has no networks.
+    "control": [b"", b"pose", b"../pose", b"\xff", b"p" * 5000],
+    "control_video": [b"", b"nonsense"],
+    "control_scale": [np.nan, 1, -1],
+    "control_start": [np.nan, 0],
+    "control_end": [np.nan, 1],
+    "control_inversion": [True],
     "source_frames": [],  # every byte is a colour
 }
 

@@ -11,7 +11,7 @@ import pytest
 from encoded import comments
 
 from tav_opt import __version__, video
-from tav_opt.config import EditConfig
+from tav_opt.config import Control, EditConfig
 from tav_opt.contract import ClipInfo, edit_metadata
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -95,3 +95,10 @@ def test_attention_control_is_told_where_there_is_some():
     assert found["inversion_steps"] == config.steps
     without = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
     assert list(without) == [*KEYS, "keep", "direct_inversion", "replace_cross", "replace_self"]
+
+
+def test_what_is_followed_is_told():
+    config = EditConfig(prompts=("a cat",), controls=(Control(name="pose", scale=float(np.float32(0.7))),))
+    found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
+    assert list(found) == [*KEYS, "controls"]
+    assert found["controls"] == [{"name": "pose", "scale": 0.7, "start": 0.0, "end": 1.0}]

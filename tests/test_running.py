@@ -18,6 +18,7 @@ from tav_opt import cli, command, config, progress
 from tav_opt.api.api_config import ApiConfig
 from tav_opt.app.app_config import AppConfig
 from tav_opt.cli.clips import AddClip, ListClips, PullClips, RemoveClips, VerifyClips
+from tav_opt.cli.detect import Detect
 from tav_opt.cli.edit import Edit
 from tav_opt.cli.evaluate import Evaluate
 from tav_opt.cli.info import Info
@@ -55,6 +56,7 @@ SETTINGS = {
     "push": Push,
     "demo": DemoConfig,
     "metrics": Metrics,
+    "detect": Detect,
     "evaluate": Evaluate,
     "study": MakeStudy,
     "study serve": ServeStudy,
@@ -84,10 +86,13 @@ GIVEN = {
     "study": "absent --against x --out study",
     "study serve": "absent",
     "study tally": "absent",
+    "detect": "absent.mp4 maps.mp4 --kind canny",
 }
 """What is needed, all of it either right or found wrong only after everything that is tried here."""
 POSITIONAL = {
     ("metrics", "edit"),
+    ("detect", "source"),
+    ("detect", "out"),
     ("edit", "checkpoint"),
     ("export", "checkpoints"),
     ("clips add", "checkpoint"),

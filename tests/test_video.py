@@ -517,3 +517,9 @@ def test_real_clips(name: str, shared: Path) -> None:
     assert clip.frames.std() > 20 and np.abs(np.diff(clip.frames.astype(int), axis=0)).mean() > 1, "a moving picture"
     with pytest.raises(InputError, match=f"it has {total}"):
         read(path, start=total - 1, count=2)
+
+
+def test_a_crop_whose_size_is_rounded_stays_inside_the_picture(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (718, 718)).save(tmp_path / "in" / "0.png")
+    assert read(tmp_path / "in", count=1, stride=1, height=280, width=256).frames.shape == (1, 280, 256, 3)

@@ -72,6 +72,19 @@ def fetch_network(hub_id: str) -> Path:
     return _fetched(hub_id, [*described, *needed])
 
 
+def fetch_file(hub_id: str, name: str) -> Path:
+    """One file of a repository; one in the cache is not fetched again. Raises InputError."""
+    if isinstance(kept := try_to_load_from_cache(hub_id, name), str):
+        return Path(kept)
+    try:
+        _announce(hub_id, hub_id, {name: _listed(hub_id)[name]})
+    except Exception as error:
+        raise InputError(
+            f"{name} of {hub_id!r} is not in the cache, and the hub does not give it: {_reason(hub_id, error)}"
+        ) from None
+    return _fetched(hub_id, [name]) / name
+
+
 def fetch_clip(hub_id: str) -> Path:
     """The local snapshot of a repository that `tav-opt push` made: a tuned clip, its description first.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, Suppress
 
 from tav_opt import progress
 from tav_opt.base.options import AddedOptions, moved
+from tav_opt.cli import controls
 from tav_opt.cli.common import (
     Dtype,
     Guidance,
@@ -24,10 +25,16 @@ from tav_opt.cli.common import (
     mention_weights,
     write,
 )
-from tav_opt.config import PRESETS, EditConfig, EngineChoice, Fps, InputError, Preset, Within, check_preset
+from tav_opt.cli.controls import ControlOptions
+from tav_opt.conditions.network_options import NetworkOptions, named
+from tav_opt.config import PRESETS, Control, EditConfig, EngineChoice, Fps, InputError, Preset, Within, check_preset
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from tav_opt.clip_folder import ClipFolder
     from tav_opt.contract import ClipInfo
+    from tav_opt.engines import Engine
     from tav_opt.video.restoring import Shape
 
 
@@ -42,6 +49,9 @@ class Edit(EditConfig):
     """What runs an exported clip; a checkpoint runs in eager PyTorch."""
     preset: Preset = "exact"
     """Cheaper settings in place of the clip's and the defaults, where others are not given here."""
+    controls: Suppress[tuple[Control, ...]] = ()
+    following: OmitArgPrefixes[ControlOptions] = field(default_factory=ControlOptions)
+    networks: OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     mask: Path | None = None
@@ -78,19 +88,16 @@ def run(arguments: Sequence[str]) -> None:
     check_edit(args, args.out, 1 if args.side_by_side else len(args.prompts))
     if args.mask is not None and not args.mask.exists():
         raise InputError(f"mask {args.mask} does not exist")
-    import torch
-
+    args = replace(args, controls=controls.asked(args.following))
     from tav_opt import editing
     from tav_opt.contract import edit_metadata, same_speed
     from tav_opt.device import told
-    from tav_opt.engines.registry import load
     from tav_opt.video import contact_sheet
     from tav_opt.video.restoring import restored
 
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
-    dtype = getattr(torch, args.dtype, None)
-    engine = load(clip, engine=args.engine, device=args.device, dtype=dtype, base=moved(args.base, args.additions))
+    engine = _opened(args, clip)
     shape = _shape(engine.info) if args.size == "source" else None
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
@@ -100,11 +107,10 @@ def run(arguments: Sequence[str]) -> None:
             print(f"tav-opt edit: {listed(own)}, as the {who} brings it", file=sys.stderr)
     if "seed" in given:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
+    maps = _maps(args, engine)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
-        edited = editing.edit(
-            engine, args, mask=args.mask, windows_at_once=args.windows_at_once, on_progress=on_progress
-        )
-        edits = list(edited)
+        told_of = {"mask": args.mask, "maps": maps, "windows_at_once": args.windows_at_once}
+        edits = list(editing.edit(engine, args, **told_of, on_progress=on_progress))
     captions = [[prompt] for prompt in args.prompts]
     source = engine.decode(engine.source_latents)[0] if args.side_by_side else None
     if shape is not None:
@@ -134,3 +140,35 @@ def _shape(info: ClipInfo) -> Shape:
     if info.source_height is None or info.source_width is None:
         raise InputError("size source: the clip does not tell its source's size; tune it again, or leave it out")
     return Shape(height=info.source_height, width=info.source_width, fit=info.fit)
+
+
+def _opened(args: Edit, clip: ClipFolder) -> Engine:
+    """The clip with the networks that the edit's maps are for."""
+    import torch
+
+    from tav_opt.conditions import condition
+    from tav_opt.engines.registry import load
+
+    nets = {name: named(name, getattr(args.networks, name), "PLACE") for name in ("controlnet", "adapter")}
+    names = [one.name for one in args.controls]
+    if idle := sorted({*nets["controlnet"], *nets["adapter"]} - {*names}):
+        raise InputError(f"{idle[0]!r} is a network that follows nothing: give --control {idle[0]}=FILE")
+    engine = load(
+        clip,
+        engine=args.engine,
+        device=args.device,
+        dtype=getattr(torch, args.dtype, None),
+        base=moved(args.base, args.additions),
+        controlnets=nets["controlnet"],
+        adapters=nets["adapter"],
+    )
+    if names:
+        condition.check(args.controls, names, engine.networks)
+    return engine
+
+
+def _maps(args: Edit, engine: Engine) -> dict[str, np.ndarray]:
+    info = engine.info
+    return controls.maps(
+        args.following, info.frames, info.height, info.width, lambda: engine.decode(engine.source_latents)[0]
+    )

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Suppress
 
 from tav_opt import progress
+from tav_opt.cli import controls
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
-from tav_opt.config import FILLED_IN, ClipConfig, Count, EditConfig, Fps, Index, InputError, Preset, Within
+from tav_opt.cli.controls import ControlOptions
+from tav_opt.config import FILLED_IN, ClipConfig, Control, Count, EditConfig, Fps, Index, InputError, Preset, Within
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,8 @@ class Request(EditConfig):
     certificate: Path | None = None
     """PEM file of the client's own certificate, and its key."""
     key: Path | None = None
+    controls: Suppress[tuple[Control, ...]] = ()
+    following: OmitArgPrefixes[ControlOptions] = field(default_factory=ControlOptions)
     prompts: Prompts = ()
     guidance_scale: Guidance = EditConfig.guidance_scale
     out: Path = Path("edit.mp4")
@@ -70,6 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     from tav_opt.contract import Output
 
     check_edit(args, args.out, len(args.prompts))
+    args = replace(args, controls=controls.asked(args.following))
     mention_weights("request", (*args.prompts, args.negative_prompt))
     names = ("video", *FITTING) if args.video is not None else ("frames",)
     source: Any = {name: found for name in (*names, "mask") if (found := getattr(args, name)) is not None}
@@ -85,6 +95,10 @@ def run(arguments: Sequence[str]) -> int:
     )
     try:
         with Client(args.url, tls=tls, retry=retry) as client, progress.shown() as on_progress:
+            if args.controls:
+                clip = client.clip(args.clip)
+                size = args.frames or clip.frames, clip.height, clip.width
+                source["maps"] = controls.maps(args.following, *size, _no_source)
             result = client.edit(
                 args.clip,
                 args,
@@ -113,3 +127,9 @@ def run(arguments: Sequence[str]) -> int:
         edits = [restored(frames, replace(shape, fit=args.fit)) for frames in result.frames]
     write(args.out, edits, result.fps, result.metadata, result.sound)
     return 0
+
+
+def _no_source() -> np.ndarray:
+    raise InputError(
+        f"--control …={controls.SOURCE}: the clip is the server's, not here: give the video's file and --detect"
+    )

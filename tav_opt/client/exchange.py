@@ -109,6 +109,9 @@ class Options(TypedDict, total=False):
     mask: PathLike | bytes | None
     """White where the picture may change: an image, a video or a folder of images, fitted like the video; bytes of a
     video file are sent as they are."""
+    maps: Mapping[str, np.ndarray | bytes]
+    """What the edit's controls follow, by their names: uint8 (f, H, W, 3) RGB of the clip's frames and size, or the
+    bytes of a video file with such frames."""
     preview_interval: int
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
@@ -176,7 +179,8 @@ class Exchange:
         left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else FILLED_IN)
         deadline_s = asked.pop("deadline_s", None)
         sound = asked.pop("sound", None)
-        if unknown := sorted(set(asked) - SERVED):
+        asked["control_videos"] = _control_videos(config, asked.pop("maps", {}))
+        if unknown := sorted(set(asked) - SERVED - {"control_videos"}):
             raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
         exchange = cls(to_tensors(clip, config, left_out=left_out, **asked), retry=retry, deadline_s=deadline_s)
         exchange._sound = sound
@@ -269,6 +273,19 @@ class Exchange:
 
     def _left(self) -> float | None:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+
+def _control_videos(config: EditConfig, maps: Mapping[str, np.ndarray | bytes]) -> list[bytes]:
+    """In the order of the edit's controls; frames as files that give them back as they are."""
+    names = [one.name for one in config.controls]
+    if different := sorted(set(names) ^ set(maps)):
+        raise InputError(f"{different[0]!r} is among the edit's controls or the maps, not among both")
+    if not names:
+        return []
+    from tav_opt.video.lossless import encode_mkv  # av is not needed elsewhere in the client
+
+    found = [maps[name] for name in names]
+    return [one if isinstance(one, bytes) else encode_mkv(one) for one in found]
 
 
 def _status(refusal: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tav_opt.conditions.condition import Network
 from tav_opt.config import ClipConfig, EngineName
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
@@ -48,6 +49,10 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """Of the text encoder: which words of a prompt are which tokens."""
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """What follows maps, by name."""
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """→ (prompts, tokens, width); raises InputError for prompts over the tokenizer's length."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,16 +22,22 @@ from tav_opt import checkpoint
 from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
+from tav_opt.conditions.condition import Network
+from tav_opt.conditions.framewise import Adapter, ControlNet
 from tav_opt.config import ClipConfig, EngineName, InputError, texts
 from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.repository import layout, specs
 from tav_opt.repository.layout import MANIFEST, check_unaltered, info_of
-from tav_opt.repository.specs import GraphSpec
+from tav_opt.repository.specs import GraphSpec, TensorSpec
 from tav_opt.video.pixels import to_frames, to_host, to_unit
 
 Call = Callable[..., dict[str, Tensor]]
 """A graph by its inputs' names → its outputs by theirs, their first axis as long as the inputs'."""
+
+
+NETWORKS: dict[str, Callable[..., Network]] = {"controlnet": ControlNet, "adapter": Adapter}
+"""What follows maps, by the first word of its graph's name; its own name follows."""
 
 
 class Late:
@@ -189,18 +197,35 @@ class ExportedEngine:
         )
 
     def extra_bytes(
-        self, prompts: int, *, encode: bool = False, windows: int = 1, told: Collection[str] = ("text",)
+        self,
+        prompts: int,
+        *,
+        encode: bool = False,
+        windows: int = 1,
+        told: Collection[str] = ("text",),
+        controls: Collection[str] = (),
+        frames: int = 0,
     ) -> int:
         """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames.
 
-        `windows` of a long clip go through the network at once; `told`: the names of what the UNet is told.
+        `windows` of a long clip go through the network at once; `told`: the names of what the UNet is told; `controls`:
+        the networks whose maps it follows, at some steps without the others, of so many `frames` where the source has
+        more than the clip.
         """
-        frames = min(self.frames_at_once, self.info.frames)
-        unet = self.base.unet_for(told)
-        items = {"text_encoder": MAX_PROMPTS + 1, unet: 2 * prompts * windows, "vae_decoder": frames}
+        part = min(self.frames_at_once, self.info.frames)
+        networks = {name: spec for name, spec in self.base.added.items() if name.partition("_")[2] in controls}
+        networks = {name: spec for name, spec in networks.items() if not spec.is_unet}
+        added = {output.name: _bytes(output) for spec in networks.values() for output in spec.outputs}  # of a frame
+        unets = {self.base.unet_for(told)}
+        if networks:
+            unets |= {name for name, spec in self.base.added.items() if spec.is_unet and {*spec.further} <= {*added}}
+        items = {"text_encoder": MAX_PROMPTS + 1, "vae_decoder": part, "vae_encoder": part * encode}
+        items |= dict.fromkeys(networks, part) | dict.fromkeys(unets, 2 * prompts * windows)
         pixels = self.info.frames * self.info.height * self.info.width * 3
+        # What is added: as the networks give it, of all frames, and as the UNet takes it.
+        both = max(frames, self.info.frames) + windows * self.info.network_frames
         # The frames of all prompts as they are put together, and in the response.
-        return self.base.graphs.extra_bytes(items | {"vae_encoder": frames * encode}) + 2 * prompts * pixels
+        return self.base.graphs.extra_bytes(items) + 2 * prompts * (pixels + both * sum(added.values()))
 
     @property
     def source(self) -> ClipConfig | None:
@@ -220,6 +245,19 @@ class ExportedEngine:
     def frames_at_once(self) -> int:
         """What the VAE takes in one call: its memory grows with them."""
         return self.base.graphs.frames_at_once
+
+    @cached_property
+    def networks(self) -> Mapping[str, Network]:
+        """Those that were exported with the base; raises InputError where its runtime has them not."""
+        found: dict[str, Network] = {}
+        for graph, spec in self.base.added.items():
+            kind, _, name = graph.partition("_")
+            if kind in NETWORKS:
+                if graph not in self.calls:
+                    raise InputError(f"{self.kind} runs none of the base's networks that follow maps: onnxruntime does")
+                names = tuple(output.name for output in spec.outputs)
+                found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once)
+        return found
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         return self.calls["text_encoder"](input_ids=self.base.tokenize(prompts))["text"]
@@ -260,6 +298,11 @@ class ExportedEngine:
                 on_part()
                 frames.append(to_frames(self.calls["vae_decoder"](latents=part)["pixels"]))
         return to_host(torch.cat(frames)).reshape(latents.shape[0], -1, *frames[0].shape[1:])
+
+
+def _bytes(spec: TensorSpec) -> int:
+    """Of one item."""
+    return math.prod(spec.fixed(1)) * np.dtype(spec.dtype).itemsize
 
 
 def revision_of(description: Any) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from tav_opt import checkpoint, models
 from tav_opt.base.directory import Base, recorded_base
 from tav_opt.clip_folder import ClipFolder
+from tav_opt.conditions import controlnet, framewise, network_files, t2i_adapter
+from tav_opt.conditions.condition import Network
 from tav_opt.config import Additions, ClipConfig, EngineName, InputError, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.ddim import Schedule, Text, Timestep
@@ -94,6 +97,7 @@ class TorchEngine:
     inverted_latents: Tensor
     sound: bytes | None = None
     source: ClipConfig | None = None
+    networks: Mapping[str, Network] = field(default_factory=dict)
 
     @property
     def kind(self) -> EngineName:
@@ -115,7 +119,7 @@ class TorchEngine:
 
     def check_told(self, told: Collection[str]) -> None:
         if "self_source" in told:  # the model itself can be told all that there is; a third row takes its memory
-            eager.check_editing(self.sd, self.info.frames, self.info.height, self.info.width, rows=3)
+            eager.check_editing(self.sd, self.info.network_frames, self.info.height, self.info.width, rows=3)
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)
@@ -135,8 +139,10 @@ def open_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     base: PathLike | Additions | None = None,
+    controlnets: Mapping[str, PathLike] = MappingProxyType({}),
+    adapters: Mapping[str, PathLike] = MappingProxyType({}),
 ) -> TorchEngine:
-    """Loads a checkpoint and its base (`base` where it has moved).
+    """Loads a checkpoint and its base (`base` where it has moved), and networks that follow maps by their names.
 
     Raises InputError when either is missing, altered, or they do not belong together.
     """
@@ -144,7 +150,8 @@ def open_checkpoint(
     clip = ClipFolder.at(folder)
     tuned = checkpoint.load(clip)
     sd = models.load(base_of(tuned.info, base), dtype=dtype, device=place)
-    return engine_on(sd, tuned, place, dtype, source=_source(clip))
+    networks = load_networks(sd, controlnets, adapters)
+    return engine_on(sd, tuned, place, dtype, source=_source(clip), networks=networks)
 
 
 def engine_on(
@@ -153,7 +160,8 @@ def engine_on(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    source: Any = None,
+    source: ClipConfig | None = None,
+    networks: Mapping[str, Network] = MappingProxyType({}),
 ) -> TorchEngine:
     """A tuned clip on its base, which is there already; another clip's values give way to this one's."""
     models.put_values(sd.unet, tuned.values)
@@ -166,6 +174,7 @@ def engine_on(
         inverted_latents=tuned.inverted_latents.to(device, dtype),
         sound=tuned.sound,
         source=source,
+        networks=networks,
     )
 
 
@@ -176,6 +185,24 @@ def _source(clip: ClipFolder) -> ClipConfig | None:
         return None if note is None else ClipConfig(**note)
     except TypeError:
         raise InputError(f"{clip.path / clip.file}: its source {note!r:.100} is not what tuning writes") from None
+
+
+def load_networks(
+    sd: models.StableDiffusion, controlnets: Mapping[str, PathLike], adapters: Mapping[str, PathLike]
+) -> dict[str, Network]:
+    """ControlNets and adapters by name, beside the base's UNet; raises InputError for one that is not for it."""
+    found: dict[str, Network] = {}
+    if twice := sorted(set(controlnets) & set(adapters)):
+        raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
+    for name, place in controlnets.items():
+        net = controlnet.load(network_files.found(place), sd.unet.config)
+        run = framewise.in_eager(models.placed(net, sd.unet.device, sd.unet.dtype), net.names)
+        found[name] = framewise.ControlNet(run=run, names=net.names)
+    for name, place in adapters.items():
+        adapter = t2i_adapter.load(network_files.found(place), sd.unet.config, sd.vae_factor)
+        run = framewise.in_eager(models.placed(adapter, sd.unet.device, sd.unet.dtype), adapter.names)
+        found[name] = framewise.Adapter(run=run, names=adapter.names)
+    return found
 
 
 def _check_latents(sd: models.StableDiffusion, tuned: checkpoint.Checkpoint) -> None:

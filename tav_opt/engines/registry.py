@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -151,12 +152,15 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     base: PathLike | Additions | None = None,
+    controlnets: Mapping[str, PathLike] = MappingProxyType({}),
+    adapters: Mapping[str, PathLike] = MappingProxyType({}),
 ) -> Engine:
     """A tuned clip, ready to be edited: a checkpoint in eager PyTorch, an exported clip by the best engine.
 
     `dtype` is a checkpoint's, the device's own unless given (device.dtype_on), `base` where its base model is now: a
-    path, or config.Additions where what was added to it has moved. Raises InputError when something is missing,
-    altered, or does not belong together, and for an engine that cannot run it.
+    path, or config.Additions where what was added to it has moved. `controlnets` and `adapters` are directories, hub
+    ids or files by the names that edits call them by; those of an exported clip were exported with its base. Raises
+    InputError when something is missing, altered, or does not belong together, and for an engine that cannot run it.
     """
     clip = ClipFolder.at(folder)
     if not clip.exported:
@@ -168,7 +172,11 @@ def load(
         from tav_opt.engines.pytorch import open_checkpoint
 
         place = usable_device(device)
-        return open_checkpoint(clip, device=place, dtype=dtype_on(place, dtype), base=base)
+        return open_checkpoint(
+            clip, device=place, dtype=dtype_on(place, dtype), base=base, controlnets=controlnets, adapters=adapters
+        )
+    if given := [*controlnets, *adapters]:
+        raise InputError(f"{given[0]}: {clip.path} is an exported clip, whose networks are exported beside it")
     if base is not None:
         said = ", ".join(base.given()) if isinstance(base, Additions) else f"base {base}"
         raise InputError(f"{said}: {clip.path} is an exported clip, whose base lies beside it")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tav_opt import command, progress
 from tav_opt.base.options import AddedOptions, moved
 from tav_opt.clip_folder import hub_id_of
+from tav_opt.conditions.network_options import NetworkOptions, named
 from tav_opt.config import (
     Additions,
     ClipConfig,
@@ -55,6 +56,8 @@ class ExportConfig:
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
     attention_control: bool = False
     """Add the UNet's graph with attention control to the base, for --keep and the settings beside it; onnx."""
+    networks: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
+    """What clips on this base may follow maps by: for ONNX Runtime, whatever the target."""
     half: bool = False
     """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
@@ -152,6 +155,8 @@ def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None)
             source=config.source(),
             prompt=config.prompt,
             inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
+            controlnets=named("controlnet", config.networks.controlnet, "PLACE"),
+            adapters=named("adapter", config.networks.adapter, "PLACE"),
             further=[controlled.CONTROLLED] if config.attention_control else [],
             on_graph=report,
             on_edit=report_edit,

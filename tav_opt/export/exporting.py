@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tav_opt.contract import VERSION, check_clip_name
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
 from tav_opt.engines.onnxruntime import OnnxGraphs, load_onnxruntime
 from tav_opt.engines.pytorch import TorchEngine, base_of
-from tav_opt.export import additions, graphs, parity, reference_checkpoint, whole_edit
+from tav_opt.export import additions, conditions, graphs, parity, reference_checkpoint, whole_edit
 from tav_opt.export.additions import Further
 from tav_opt.export.parity import OnGraph
 from tav_opt.export.whole_edit import OnEdit
@@ -55,6 +56,8 @@ def export(
     source: ClipConfig | None = None,
     prompt: str | None = None,
     inversion: InversionConfig = InversionConfig(),  # noqa: B008 — frozen
+    controlnets: Mapping[str, PathLike] = MappingProxyType({}),
+    adapters: Mapping[str, PathLike] = MappingProxyType({}),
     further: Iterable[Further] = (),
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,
@@ -63,10 +66,10 @@ def export(
     """Exports a tuned clip into a model repository and returns its folder; a clip of that name is replaced.
 
     `name` is the folder's unless given; `base` says where the base model is now. The base's graphs are written when no
-    clip of the same base and size is there yet, else only values are copied; `further` graphs are added to it where it
-    lacks them, and change nothing for the clips that are there. A directory that the reference saved
-    needs `source` and `prompt`, and is inverted by `inversion`. Raises InputError, and ParityError for a graph,
-    or a whole edit, that departs from eager PyTorch: either way nothing is written.
+    clip of the same base and size is there yet, else only values are copied; `controlnets` and `adapters`, places by
+    name, and `further` graphs are added to it where it lacks them, and change nothing for the clips that are there. A
+    directory that the reference saved needs `source` and `prompt`, and is inverted by `inversion`. Raises InputError,
+    and ParityError for a graph, or a whole edit, that departs from eager PyTorch: either way nothing is written.
     """
     checkpoint_dir = Path(checkpoint_dir)
     name = check_clip_name(name if name is not None else name_of(checkpoint_dir))
@@ -88,7 +91,7 @@ def export(
         tuned = checkpoint.load(checkpoint_dir)
     with locked(version):
         exported = within(version, base_folder(version, tuned.info.exported_base))
-        further = list(further)
+        further = [*conditions.further(controlnets, adapters, exported), *further]
         if not exported.exists():
             _write_base(tuned, exported, base, further, on_graph, on_edit, on_progress)
         _check_values(tuned, exported)

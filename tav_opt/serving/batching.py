@@ -49,6 +49,11 @@ class _Call:
     """How many were answered with it."""
     answer: Tensor | Exception | None = None
 
+    @property
+    def told(self) -> Mapping[str, Tensor]:
+        """What the network is told, by name: calls that tell it of the same may be one."""
+        return {"text": self.text} if isinstance(self.text, Tensor) else self.text
+
 
 class Batches:
     """What the edits of one worker share; `on_trouble` is told of calls that fail together and are made apart."""

@@ -5,65 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tav_opt import ddim, editing, video
-from tav_opt.conditions.attention_control import CONTROL
+from tav_opt.conditions import condition
+from tav_opt.conditions.condition import Condition
 from tav_opt.config import InputError, WorkerConfig
 from tav_opt.contract import Request, check_request, edit_metadata, from_tensors, same_speed
-from tav_opt.ddim import Text, Timestep
-from tav_opt.engines import Engine
 from tav_opt.memory.promises import Memory
 from tav_opt.serving import previews
 from tav_opt.serving.batching import Batches
 from tav_opt.serving.decoding import Wanted
-from tav_opt.serving.failures import Unavailable
+from tav_opt.serving.edit_memory import bytes_of_length, prompts_at_once
 from tav_opt.serving.inversions import Inversions, key
 from tav_opt.serving.report import Report
+from tav_opt.serving.served_engine import GoOn, ServedEngine
 from tav_opt.video import masks
 
 Send = Callable[[dict[str, np.ndarray]], None]
-GoOn = Callable[[], None]
-"""Raises ddim.Stopped when the edit shall stop."""
 Decode = Callable[[bytes, Wanted, GoOn], np.ndarray]
 
 Source = Callable[[], Tensor | None]
 """The latents of what was sent in the clip's place, encoded when they are first asked for."""
+Following = Callable[[int], Sequence[Condition]]
+"""What an edit of so many frames follows, its networks asked when it is first wanted."""
 
-LATENT_COPIES = 8
-"""That a step holds of its latents, of each prompt with and without its text."""
 PREVIEW_MAPS = 64
 """A few hundred bytes each."""
-
-
-class ServedEngine(Engine, Protocol):
-    """An exported clip."""
-
-    @property
-    def revision(self) -> str:
-        """Another for every export, and for every engine."""
-
-    def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
-        """`timestep`: one for all rows, or int64 (b,)."""
-
-    def decode(self, latents: Tensor, on_part: GoOn = lambda: None) -> np.ndarray:
-        """As every engine; `on_part` is called before each call of the VAE."""
-
-    def extra_bytes(
-        self, prompts: int, *, encode: bool = False, windows: int = 1, told: Collection[str] = ("text",)
-    ) -> int:
-        """Memory that an edit of so many prompts in one batch needs beyond what is held; `encode`: of other frames.
-
-        `windows` of a long clip go through the network at once; `told`: the names of what the UNet is told.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +79,14 @@ class Editor:
         check_request(request)
         report.request, report.engine = request, engine.kind
         _check_source(request, engine, self.longest_source)
+        if names := [one.name for one in request.edit.controls]:
+            condition.check(request.edit.controls, names, engine.networks)
 
         progress = _Progress(send, go_on, report)
         with ExitStack() as stack:
 
             def choose() -> int:
-                report.at_once, needed = _prompts_at_once(
+                report.at_once, needed = prompts_at_once(
                     engine,
                     request,
                     self.memory.free(),
@@ -127,6 +105,12 @@ class Editor:
         sent = request.video is not None or request.source_frames is not None
         return self.windows_at_once if sent or engine.info.window is not None else 1
 
+    def _longer(self, engine: ServedEngine, request: Request, start: Tensor, report: Report) -> int:
+        """Bytes of an edit of more frames than the clip's; raises Unavailable without them."""
+        beside, windows = self.batches.prompts(engine) - report.at_once, self._windows(engine, request)
+        free = self.memory.free()
+        return bytes_of_length(engine, request, start, report.at_once, free, beside=beside, windows=windows)
+
     def _edited(
         self, engine: ServedEngine, request: Request, progress: _Progress, promise: ExitStack
     ) -> dict[str, np.ndarray]:
@@ -136,13 +120,16 @@ class Editor:
         mask = self._mask(engine, request, progress)
         source = cache(lambda: self._source(engine, request, progress))
         with self.batches.joined(engine, report) as joined:
-            start = self._start(joined, request, source, progress)
+            maps = self._maps(engine, request, progress)
+            following = cache(lambda frames: editing.conditions(engine, request.edit, maps, frames))
+            start = self._start(joined, request, source, following, progress)
+            acting = following(start.shape[2])
             if start.shape[2] > engine.info.frames:
                 promise.close()
-                promise.enter_context(self.memory.promised(lambda: self._of_length(engine, request, start, report)))
+                promise.enter_context(self.memory.promised(lambda: self._longer(engine, request, start, report)))
             blend = None if mask is None else _blend(engine, request, mask, source(), start)
             with report.stage("sample"):
-                sampled = self._sampled(joined, request, text, start, blend, progress)
+                sampled = self._sampled(joined, request, text, start, blend, acting, progress)
         with report.stage("render"):
             result = self._result(engine, request, sampled, progress)
         steps = report.steps["sample"]
@@ -158,12 +145,28 @@ class Editor:
                 frames = self.decode(request.video, wanted, progress.go_on)
         return None if frames is None else engine.encode_video(frames)
 
-    def _start(self, engine: ServedEngine, request: Request, source: Source, progress: _Progress) -> Tensor:
+    def _maps(self, engine: ServedEngine, request: Request, progress: _Progress) -> dict[str, np.ndarray]:
+        """What the edit's controls follow, uint8 (f, H, W, 3) by their names."""
+        info, sent = engine.info, request.source_frames
+        least = most = info.frames if sent is None else len(sent)
+        if request.video is not None:
+            least, most = info.network_frames, max(self.longest_source, info.network_frames)
+        wanted = Wanted(name="control_video", least=least, most=most, height=info.height, width=info.width)
+        found: dict[str, np.ndarray] = {}
+        for one, file in zip(request.edit.controls, request.control_videos, strict=True):
+            with progress.report.stage("decode"):
+                found[one.name] = self.decode(file, wanted, progress.go_on)
+        return found
+
+    def _start(
+        self, engine: ServedEngine, request: Request, source: Source, following: Following, progress: _Progress
+    ) -> Tensor:
         """The latents that sampling starts from: computed only where they are neither the clip's nor kept."""
         report, config = progress.report, request.edit
         inversion = engine.info.inversion_of(config)
         own = request.video is None and request.source_frames is None
-        if not config.inversion or (own and inversion.key == engine.info.inversion.key):
+        kept = own and inversion.key == engine.info.inversion.key and not config.control_inversion
+        if not config.inversion or kept:
             report.inversion = "clip" if config.inversion else "noise"
             return editing.start_latents(engine, config)
 
@@ -171,7 +174,9 @@ class Editor:
             found = source()
             with report.stage("invert"):
                 calls = editing.Calls(windows_at_once=self.windows_at_once, on_call=progress.go_on)
-                return editing.start_latents(engine, config, found, progress.step, calls=calls)
+                frames = engine.info.frames if found is None else found.shape[2]
+                acting = following(frames) if config.control_inversion else ()
+                return editing.start_latents(engine, config, found, progress.step, following=acting, calls=calls)
 
         name = key(engine.revision, inversion, _content(request))
         latents, report.inversion = self.inversions.get(name, compute, progress.go_on)
@@ -187,16 +192,6 @@ class Editor:
         with progress.report.stage("decode"):
             return masks.of_frames(self.decode(request.mask, wanted, progress.go_on))
 
-    def _of_length(self, engine: ServedEngine, request: Request, start: Tensor, report: Report) -> int:
-        """Bytes that an edit of more frames than the clip's needs from now on; raises Unavailable without them."""
-        info, prompts, at_once = engine.info, len(request.edit.prompts), report.at_once
-        beside, windows = self.batches.prompts(engine) - at_once, self._windows(engine, request)
-        more = start.shape[2] - info.frames
-        latents = LATENT_COPIES * (prompts + 1) * start.nbytes * more // start.shape[2]
-        pixels = 2 * prompts * more * info.height * info.width * 3
-        network = _bytes_of(engine, request, at_once, beside=beside, windows=windows)
-        return _checked(network + latents + pixels, self.memory.free())
-
     def _sampled(
         self,
         engine: ServedEngine,
@@ -204,6 +199,7 @@ class Editor:
         text: Tensor,
         start: Tensor,
         blend: ddim.Blend | None,
+        following: Sequence[Condition],
         progress: _Progress,
     ) -> Tensor:
         """→ (prompts, c, f, h, w)"""
@@ -220,7 +216,15 @@ class Editor:
         on_call = progress.go_on if is_long else lambda: None
         calls = editing.Calls(windows_at_once=self.windows_at_once, on_call=on_call)
         batches = editing.sample(
-            engine, request.edit, text, start, at_once=at_once, blend=blend, calls=calls, on_step=on_step
+            engine,
+            request.edit,
+            text,
+            start,
+            at_once=at_once,
+            blend=blend,
+            following=following,
+            calls=calls,
+            on_step=on_step,
         )
         return torch.cat(list(batches))
 
@@ -305,12 +309,19 @@ def _check_source(request: Request, engine: ServedEngine, longest: int) -> None:
 
 
 def _content(request: Request) -> str:
-    """What an inversion is of: a file is told apart by its bytes, so that one seen before need not be decoded."""
+    """What an inversion is of: a file is told apart by its bytes, so that one seen before need not be decoded.
+
+    What an edit follows is part of it where the source is inverted with it, and only there.
+    """
+    found = "clip"
     if request.video is not None:
-        return f"video {hashlib.sha256(request.video).hexdigest()}"
+        found = f"video {hashlib.sha256(request.video).hexdigest()}"
     if request.source_frames is not None:
-        return f"frames {hashlib.sha256(request.source_frames.tobytes()).hexdigest()}"
-    return "clip"
+        found = f"frames {hashlib.sha256(request.source_frames.tobytes()).hexdigest()}"
+    if request.edit.control_inversion:
+        videos = [hashlib.sha256(video).hexdigest() for video in request.control_videos]
+        found += f" following {request.edit.controls} {videos}"
+    return found
 
 
 def _blend(
@@ -320,39 +331,6 @@ def _blend(
     if len(mask) not in (1, start.shape[2]):
         raise InputError(f"input mask has {len(mask)} frames: must have 1, or {start.shape[2]} as the source has")
     return editing.blend(engine, request.edit, mask, engine.source_latents if source is None else source, start)
-
-
-def _prompts_at_once(
-    engine: ServedEngine, request: Request, free: int, *, beside: int, windows: int
-) -> tuple[int, int]:
-    """How many prompts one batch may have `beside` those of other edits, and the bytes that it needs.
-
-    `windows` of a long clip go through the network at once. Raises Unavailable where memory is short of one prompt.
-    """
-    prompts = 1 if request.edit.controlled else len(request.edit.prompts)  # with control a prompt at a time
-    while (needed := _bytes_of(engine, request, prompts, beside=beside, windows=windows)) > free and prompts > 1:
-        prompts = (prompts + 1) // 2
-    return prompts, _checked(needed, free)
-
-
-def _bytes_of(engine: ServedEngine, request: Request, prompts: int, *, beside: int, windows: int) -> int:
-    """What so many prompts need for them alone, or add to the batch of others: whichever is more."""
-    controlled = request.edit.controlled
-    rows = prompts + controlled  # its source counts as one more
-    extra = partial(engine.extra_bytes, windows=windows, told=("text", *CONTROL) if controlled else ("text",))
-    encode = request.video is not None or request.source_frames is not None
-    promised = engine.extra_bytes(beside) if beside else 0  # by those edits
-    return max(extra(rows + beside, encode=encode) - promised, extra(rows, encode=encode))
-
-
-def _checked(needed: int, free: int) -> int:
-    """The bytes that are needed; raises Unavailable where fewer are free."""
-    if needed > free:
-        raise Unavailable(
-            f"the edit needs about {needed / 2**30:.2f} GiB, the server has {free / 2**30:.2f} GiB free: "
-            "try again later"
-        )
-    return needed
 
 
 def _rendered(engine: ServedEngine, latents: Tensor, go_on: GoOn) -> np.ndarray:

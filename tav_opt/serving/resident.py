@@ -19,6 +19,7 @@ from tav_opt.engines.exported import ExportedBase, ExportedEngine, usable_cores
 from tav_opt.engines.registry import Choice
 from tav_opt.memory.free import free_bytes
 from tav_opt.memory.promises import Memory
+from tav_opt.repository import layout
 from tav_opt.repository.layout import base_folder, clip_folder, info_of
 from tav_opt.serving.catalogue import Catalogue, Stamp
 from tav_opt.serving.failures import Unavailable
@@ -55,6 +56,8 @@ class Clips:
         self._memory = memory or Memory(partial(free_bytes, device))
         self._on_choice = on_choice
         self._bases: dict[str, ExportedBase] = {}
+        self._stamps: dict[str, Stamp | None] = {}
+        """Of the bases' manifests as they were opened: another one lists graphs that came later."""
         self._open: OrderedDict[str, _Resident] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -110,6 +113,7 @@ class Clips:
         clip = clip_folder(self._folder, name)
         info = info_of(clip)
         if info.exported_base not in self._bases:
+            self._stamps[info.exported_base] = layout.stamp(base_folder(self._folder, info.exported_base))
             self._bases[info.exported_base] = self._opened_base(info)
         return ExportedEngine.open(clip, self._bases[info.exported_base])
 
@@ -141,7 +145,7 @@ class Clips:
     def _forget_removed(self) -> None:
         for name in [name for name, clip in self._open.items() if self._catalogue.found(name) != clip.stamp]:
             del self._open[name]
-        for base in [base for base in self._bases if not base_folder(self._folder, base).is_dir()]:
+        for base in [x for x in self._bases if layout.stamp(base_folder(self._folder, x)) != self._stamps[x]]:
             self._drop_base(base)
 
     def _shrink(self) -> None:

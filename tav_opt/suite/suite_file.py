@@ -78,10 +78,10 @@ def _suite(found: dict[str, Any], path: Path) -> Suite:
 
 _SETTINGS = (
     ("tune", TrainConfig, ("preview_every", "preview_prompts", "keep_state")),
-    ("edit", EditConfig, ("prompts", "inversion_steps")),
+    ("edit", EditConfig, ("prompts", "inversion_steps", "controls", "control_inversion")),
 )
-"""Sections that methods may have too, and fields that they lack: previews are for a person who waits, and the steps of
-the inversion are those of tuning."""
+"""Sections that methods may have too, and fields that they lack: previews are for a person who waits, the steps of
+the inversion are those of tuning, and controls need maps of each video."""
 _FRAME_BY_FRAME = ("per-frame", "plug-and-play")
 """Kinds of methods that know no video."""
 _OF_VIDEOS = ("inversion_iterations", *CONTROL_SETTINGS)

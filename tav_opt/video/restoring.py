@@ -24,7 +24,7 @@ class Shape:
         if self.fit == "squash":
             return 0.0, 0.0, float(self.width), float(self.height)
         scale = min(self.width / width, self.height / height)
-        across, down = width * scale, height * scale
+        across, down = min(self.width, width * scale), min(self.height, height * scale)  # which rounding may exceed
         left, top = (self.width - across) / 2, (self.height - down) / 2
         return left, top, left + across, top + down
 

@@ -1,0 +1,124 @@
+"""Graphs of networks that follow maps, and of the UNet that takes what they add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tav_opt.conditions import controlnet, network_files, t2i_adapter
+from tav_opt.conditions.condition import DOWN, INSIDE, MID
+from tav_opt.conditions.controlnet import ControlNetFrames
+from tav_opt.conditions.t2i_adapter import AdapterFrames
+from tav_opt.config import InputError, PathLike
+from tav_opt.contract import check_clip_name
+from tav_opt.engines.exported import NETWORKS
+from tav_opt.export import graphs
+from tav_opt.export.additions import Further
+from tav_opt.export.graphs import Graph
+from tav_opt.models import StableDiffusion
+from tav_opt.repository import specs
+from tav_opt.repository.specs import GraphSpec, TensorSpec
+
+
+def further(controlnets: Mapping[str, PathLike], adapters: Mapping[str, PathLike], base: Path) -> list[Further]:
+    """A graph of each network, and of the UNet for each set of kinds that an edit may tell it of.
+
+    `base`: the exported base, which may have networks already, or be not there yet. Raises InputError.
+    """
+    if twice := sorted(set(controlnets) & set(adapters)):
+        raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
+    given = {"controlnet": controlnets, "adapter": adapters}
+    found = [_network(kind, name, place) for kind, places in given.items() for name, place in places.items()]
+    if not found:
+        return []
+    there = specs.added(base) if base.exists() else {}
+    kinds = [kind for kind in NETWORKS if given[kind] or any(name.startswith(f"{kind}_") for name in there)]
+    _check_names(found, there)
+    sets = [chosen for count in range(1, len(kinds) + 1) for chosen in combinations(kinds, count)]
+    return [*found, *(Further(name="_".join(("unet", *one)), make=partial(_unet, one)) for one in sets)]
+
+
+def _check_names(found: Sequence[Further], there: Mapping[str, Any]) -> None:
+    for one in found:
+        kind, _, name = one.name.partition("_")
+        for other in NETWORKS:
+            if other != kind and f"{other}_{name}" in there:
+                raise InputError(f"the base has {name!r} of another kind: give another name")
+
+
+def _network(kind: str, name: str, place: PathLike) -> Further:
+    path = network_files.found(place)
+    make = {"controlnet": _controlnet, "adapter": _adapter}[kind]
+    return Further(
+        name=f"{kind}_{check_clip_name(name)}",
+        make=partial(make, path, f"{kind}_{name}"),
+        made_of={"weights": network_files.content(path)},
+    )
+
+
+def _tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name=name, shape=shape, dtype=dtype)
+
+
+def _controlnet(
+    path: Path, name: str, sd: StableDiffusion, _values: dict[str, Tensor], latents: Sequence[int]
+) -> Graph:
+    frames, (c, _, h, w) = controlnet.load(path, sd.unet.config), latents
+    inputs = (
+        _tensor("latents", "n", c, h, w),
+        _tensor("timestep", "n", dtype="int64"),
+        _tensor("text", "n", sd.tokenizer.model_max_length, sd.unet.config.cross_attention_dim),
+        _tensor("maps", "n", 3, h * sd.vae_factor, w * sd.vae_factor),
+    )
+    return _graph(name, frames, inputs, len(sd.schedule.alphas_cumprod))
+
+
+def _adapter(path: Path, name: str, sd: StableDiffusion, _values: dict[str, Tensor], latents: Sequence[int]) -> Graph:
+    frames, (_, _, h, w) = t2i_adapter.load(path, sd.unet.config, sd.vae_factor), latents
+    return _graph(name, frames, (_tensor("maps", "n", 3, h * sd.vae_factor, w * sd.vae_factor),), 0)
+
+
+@torch.no_grad()
+def _graph(name: str, frames: ControlNetFrames | AdapterFrames, inputs: tuple[TensorSpec, ...], below: int) -> Graph:
+    made = frames(*(torch.zeros(one.fixed(1), dtype=getattr(torch, one.dtype)) for one in inputs))
+    outputs = tuple(_tensor(output, "n", *x.shape[1:]) for output, x in zip(frames.names, made, strict=True))
+    return Graph(spec=GraphSpec(name=name, inputs=inputs, outputs=outputs), module=frames, below=below, kind="unet")
+
+
+def _unet(kinds: Sequence[str], sd: StableDiffusion, values: dict[str, Tensor], latents: Sequence[int]) -> Graph:
+    """The UNet that is told what networks of these kinds add."""
+    made = {"controlnet": _encoder, "adapter": _blocks}
+    told = [_tensor(name, "b", *shape) for kind in kinds for name, shape in made[kind](sd.unet.config, latents)]
+    return graphs.unet_variant(sd, values, latents, "_".join(("unet", *kinds)), told)
+
+
+def _blocks(config: Any, latents: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is added at the end of each block of the encoder."""
+    _, f, h, w = latents
+    for number, width in enumerate(config.block_out_channels):
+        yield f"{INSIDE}.{number}", (f, width, _halved(h, number), _halved(w, number))
+
+
+def _encoder(config: Any, latents: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is added to each of the skips, and to the middle."""
+    _, f, h, w = latents
+    widths = config.block_out_channels
+    levels = [(widths[0], 0)]
+    for number, width in enumerate(widths):
+        levels += [(width, number)] * config.layers_per_block
+        if number + 1 < len(widths):
+            levels.append((width, number + 1))
+    for number, (width, level) in enumerate(levels):
+        yield f"{DOWN}.{number}", (f, width, _halved(h, level), _halved(w, level))
+    yield MID, (f, widths[-1], _halved(h, len(widths) - 1), _halved(w, len(widths) - 1))
+
+
+def _halved(side: int, times: int) -> int:
+    """As strided convolutions do it, which round up."""
+    return -(-side // 2**times)

@@ -1,0 +1,305 @@
+"""Conditions against diffusers: its own pipelines on one frame, its own networks on each of several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import owned
+import pytest
+import torch
+from controls import maps_of, write_adapter, write_controlnet
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    MultiAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    T2IAdapter,
+)
+from torch import Tensor
+
+from tav_opt import editing, models
+from tav_opt.conditions import condition
+from tav_opt.config import Control, EditConfig, InputError
+from tav_opt.contract import ClipInfo
+from tav_opt.engines.pytorch import TorchEngine, load_networks
+from tav_opt.models import StableDiffusion
+
+SIDE, STEPS, SCALE = 64, 10, 7.5
+PROMPT = "a panda is skiing"
+
+
+@pytest.fixture(scope="module")
+def base(golden: Path) -> Path:
+    return golden / "reference_checkpoint" / "sd"
+
+
+@pytest.fixture(scope="module")
+def places(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("networks")
+    made = {name: write_controlnet(base, folder / name, seed) for seed, name in enumerate(("pose", "canny"))}
+    made |= {name: write_adapter(base, folder / name, seed) for seed, name in enumerate(("depth", "seg"), start=5)}
+    return made | {"sketch": write_adapter(base, folder / "sketch", 9, in_channels=1, kind="light_adapter")}
+
+
+@pytest.fixture(scope="module")
+def sd(base: Path) -> StableDiffusion:
+    """Inflated, but silent over time."""
+    found = models.load(base)
+    for name, value in found.unet.named_parameters():
+        if "attn_temp.to_out" in name:
+            value.data.zero_()
+    return found
+
+
+def _engine(sd: StableDiffusion, places: dict[str, Path], frames: int) -> TorchEngine:
+    info = ClipInfo(
+        base="sd", base_hash="0" * 64, prompt="", frames=frames, height=SIDE, width=SIDE, fps=8.0, inversion_steps=4
+    )
+    side = SIDE // sd.vae_factor
+    zeros = torch.zeros(1, 4, frames, side, side)
+    nets = load_networks(
+        sd,
+        {name: places[name] for name in ("pose", "canny")},
+        {name: places[name] for name in ("depth", "seg", "sketch")},
+    )
+    return TorchEngine(sd=sd, info=info, source_latents=zeros, inverted_latents=zeros, networks=nets)
+
+
+def _ours(engine: TorchEngine, controls: tuple[Control, ...]) -> tuple[Tensor, Tensor]:
+    """Where sampling started, and what it came to."""
+    config = EditConfig(prompts=(PROMPT,), steps=STEPS, guidance_scale=SCALE, inversion=False, controls=controls)
+    maps = {one.name: _maps(one.name, engine.info.frames) for one in controls}
+    editing.check(config)
+    following = editing.conditions(engine, config, maps)
+    start = editing.start_latents(engine, config)
+    text = editing.encode_prompts(engine, config)
+    return start, next(editing.sample(engine, config, text, start, following=following))
+
+
+def _maps(name: str, frames: int) -> np.ndarray:
+    return maps_of(frames, SIDE, SIDE, seed=len(name))
+
+
+def _pictures(controls: tuple[Control, ...]) -> list[Tensor]:
+    return [torch.from_numpy(_maps(one.name, 1)).permute(0, 3, 1, 2).float() / 255 for one in controls]
+
+
+def _parts(sd: StableDiffusion, base: Path) -> dict[str, Any]:
+    scheduler = DDIMScheduler.from_config(sd.base.configs["scheduler"], clip_sample=False)
+    parts = owned.pipeline(base).components | {"scheduler": scheduler, "requires_safety_checker": False}
+    return {name: part for name, part in parts.items() if name != "image_encoder"}
+
+
+def _given(start: Tensor) -> dict[str, Any]:
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "num_inference_steps": STEPS,
+        "guidance_scale": SCALE,
+        "latents": start[:, :, 0],
+        "output_type": "latent",
+    }
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        (Control(name="pose"),),
+        (Control(name="pose", scale=0.6, start=0.2, end=0.7),),
+        (Control(name="pose", scale=0.8, end=0.5), Control(name="canny", scale=1.5, start=0.3)),
+    ],
+    ids=["one", "scaled, in a window", "two"],
+)
+def test_a_frame_with_controlnets_is_diffusers_pipeline(
+    sd: StableDiffusion, base: Path, places: dict[str, Path], controls: tuple[Control, ...]
+) -> None:
+    engine = _engine(sd, places, 1)
+    start, found = _ours(engine, controls)
+    nets = [ControlNetModel.from_pretrained(places[one.name]) for one in controls]
+    pipeline = StableDiffusionControlNetPipeline(controlnet=nets, **_parts(sd, base))
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        image=_pictures(controls),
+        controlnet_conditioning_scale=[one.scale for one in controls],
+        control_guidance_start=[one.start for one in controls],
+        control_guidance_end=[one.end for one in controls],
+        **_given(start),
+    ).images
+    plain = _ours(engine, ())[1]
+    assert (found - plain).abs().max() > 0.05
+    torch.testing.assert_close(found[:, :, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        (Control(name="depth", scale=0.7),),
+        (Control(name="sketch"),),
+        (Control(name="depth", scale=0.8), Control(name="seg", scale=1.3)),
+    ],
+    ids=["one", "grey", "two"],
+)
+def test_a_frame_with_adapters_is_diffusers_pipeline(
+    sd: StableDiffusion, base: Path, places: dict[str, Path], controls: tuple[Control, ...]
+) -> None:
+    engine = _engine(sd, places, 1)
+    start, found = _ours(engine, controls)
+    nets = [T2IAdapter.from_pretrained(places[one.name]) for one in controls]
+    several = len(nets) > 1
+    pipeline = StableDiffusionAdapterPipeline(adapter=MultiAdapter(nets) if several else nets[0], **_parts(sd, base))
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = _pictures(controls)
+    if controls[0].name == "sketch":
+        pictures = [picture.mean(1, keepdim=True) for picture in pictures]
+    scales = [one.scale for one in controls]
+    expected = pipeline(
+        image=pictures if several else pictures[0],
+        adapter_conditioning_scale=scales if several else scales[0],
+        height=SIDE,
+        width=SIDE,
+        **_given(start),
+    ).images
+    plain = _ours(engine, ())[1]
+    assert (found - plain).abs().max() > 0.05
+    torch.testing.assert_close(found[:, :, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_each_frames_residuals_are_the_image_networks_on_that_frame(
+    sd: StableDiffusion, places: dict[str, Path]
+) -> None:
+    frames, generator = 3, torch.Generator().manual_seed(0)
+    controls = (Control(name="pose", scale=0.5), Control(name="depth", scale=2.0))
+    nets = _engine(sd, places, frames).networks
+    maps = {one.name: _maps(one.name, frames) for one in controls}
+    made = condition.conditions(nets, controls, maps, (frames, SIDE, SIDE, 3), torch.device("cpu"))
+    latents = torch.randn(2, 4, frames, SIDE // sd.vae_factor, SIDE // sd.vae_factor, generator=generator)
+    text = torch.randn(2, 7, sd.unet.config.cross_attention_dim, generator=generator)
+    found = condition.told(made, latents, torch.tensor(301), text)
+    assert not isinstance(found, Tensor) and found["text"] is text
+    controlnet = ControlNetModel.from_pretrained(places["pose"])
+    adapter = T2IAdapter.from_pretrained(places["depth"])
+    for row in range(2):
+        for frame in range(frames):
+            picture, other = (torch.from_numpy(maps[name][[frame]]).permute(0, 3, 1, 2) / 255 for name in maps)
+            down, mid = controlnet(latents[[row], :, frame], 301, text[[row]], picture, return_dict=False)
+            expected = {f"{condition.DOWN}.{n}": 0.5 * x for n, x in enumerate(down)} | {condition.MID: 0.5 * mid}
+            expected |= {f"{condition.INSIDE}.{n}": 2.0 * x for n, x in enumerate(adapter(other))}
+            assert expected.keys() | {"text"} == found.keys()
+            for name, residual in expected.items():
+                torch.testing.assert_close(found[name][row, [frame]], residual, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_both_kinds_at_once_are_what_the_image_unet_makes_of_them(
+    sd: StableDiffusion, base: Path, places: dict[str, Path]
+) -> None:
+    controls = (Control(name="pose", scale=0.5), Control(name="depth"), Control(name="canny"))
+    engine = _engine(sd, places, 1)
+    made = editing.conditions(
+        engine, EditConfig(prompts=("a",), controls=controls), {one.name: _maps(one.name, 1) for one in controls}
+    )
+    latents = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    text = engine.encode_text(["a", "b"])
+    told = condition.told(made, latents, torch.tensor(301), text)
+    assert not isinstance(told, Tensor)
+    several = {name: [told[f"{name}.{n}"][:, 0] for n in range(count)] for name, count in _counts(told).items()}
+    expected = owned.pipeline(base).unet(  # type: ignore[operator]
+        latents[:, :, 0], 301, text, mid_block_additional_residual=told[condition.MID][:, 0], **several
+    )
+    torch.testing.assert_close(engine.predict(latents, 301, told)[:, :, 0], expected.sample, atol=2e-5, rtol=1e-4)
+
+
+def _counts(told: dict[str, Tensor]) -> dict[str, int]:
+    names = [name.rpartition(".")[0] for name in told if "." in name]
+    return {name: names.count(name) for name in names}
+
+
+def test_a_window_is_the_same_over_the_wire() -> None:
+    def acting(end: float) -> list[int]:
+        one = condition.Condition(control=Control(name="pose", end=end), names=(), residuals=lambda *_: {})
+        return [number for number in range(10) if one.acts(number, 10)]
+
+    assert acting(0.7) == acting(float(np.float32(0.7))) == list(range(7))
+
+
+def test_steps_outside_of_every_window_are_told_the_text_alone(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    seen = []
+    engine = _engine(sd, places, 2)
+    (made,) = editing.conditions(
+        engine,
+        EditConfig(prompts=("a",), controls=(Control(name="pose", start=0.25, end=0.75),)),
+        {"pose": _maps("pose", 2)},
+    )
+    following = condition.Conditioned(lambda _l, _t, text: seen.append(text) or _l, [made], 8)
+    latents, text = torch.zeros(1, 4, 2, 8, 8), engine.encode_text(["a"])
+    for _ in range(8):
+        following(latents, torch.tensor(5), text)
+    assert [isinstance(one, Tensor) for one in seen] == [True] * 2 + [False] * 4 + [True] * 2
+
+
+BAD = {
+    "no maps": ((Control(name="pose"),), {}, "control 'pose' has no maps"),
+    "no network": ((Control(name="hand"),), {"hand": None}, "'hand' has no network; there is canny, depth, pose"),
+    "twice": ((Control(name="pose"), Control(name="pose")), {"pose": None}, "'pose' is given twice"),
+    "idle maps": ((), {"pose": None}, "maps of 'pose', but no control"),
+    "another length": ((Control(name="pose"),), {"pose": maps_of(3, SIDE, SIDE, 0)}, r"\(3, 64, 64, 3\).* 2 frames of"),
+    "another size": ((Control(name="pose"),), {"pose": maps_of(2, SIDE, 32, 0)}, r"takes uint8 2 frames of 64×64"),
+    "no time": ((Control(name="pose", start=0.5, end=0.5),), {"pose": None}, "start 0.5 is not before end 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_belong_together_is_refused(sd: StableDiffusion, places: dict[str, Path], case: str) -> None:
+    controls, maps, said = BAD[case]
+    given = {name: _maps(name, 2) if one is None else one for name, one in maps.items()}
+    with pytest.raises(InputError, match=said):
+        editing.conditions(_engine(sd, places, 2), EditConfig(prompts=("a",), controls=controls), given)
+
+
+def test_numbers_of_a_control_have_ranges() -> None:
+    with pytest.raises(InputError, match=r"scale 11 is not within 0…10"):
+        editing.check(EditConfig(prompts=("a",), controls=(Control(name="pose", scale=11),)))
+    windowed = EditConfig(prompts=("a",), control_inversion=True, controls=(Control(name="pose", end=0.5),))
+    with pytest.raises(InputError, match=r"a window of steps, 0…0\.5, with control inversion"):
+        editing.check(windowed)
+    with pytest.raises(InputError, match="would change nothing"):
+        editing.check(replace(windowed, controls=()))
+
+
+def test_networks_of_other_bases_and_other_files_are_refused(
+    sd: StableDiffusion, base: Path, places: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = ControlNetModel(
+        cross_attention_dim=64, block_out_channels=(16, 32, 32, 32), norm_num_groups=8, attention_head_dim=4
+    )
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match=r"for another base: its (cross_attention_dim is 64|layers)"):
+        load_networks(sd, {"pose": tmp_path / "wide"}, {})
+    T2IAdapter(3, [16, 32, 32, 64], 1, 8).save_pretrained(tmp_path / "deep")
+    with pytest.raises(InputError, match=r"for another base: its channels is \[16, 32, 32, 64\]"):
+        load_networks(sd, {}, {"depth": tmp_path / "deep"})
+    with pytest.raises(InputError, match="is a 'T2IAdapter', not a ControlNetModel"):
+        load_networks(sd, {"pose": places["depth"]}, {})
+    with pytest.raises(InputError, match="a ControlNet and an adapter"):
+        load_networks(sd, {"pose": places["pose"]}, {"pose": places["depth"]})
+    with pytest.raises(InputError, match="neither a directory nor a hub id"):
+        load_networks(sd, {"pose": "./nowhere"}, {})
+    single = places["pose"] / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "other.safetensors").write_bytes((places["depth"] / single.name).read_bytes())
+    with pytest.raises(InputError, match="is no ControlNet for this base"):
+        load_networks(sd, {"pose": tmp_path / "other.safetensors"}, {})
+
+
+def test_inversion_takes_conditions_only_where_it_is_told_to(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    engine = _engine(sd, places, 2)
+    config = EditConfig(prompts=("a",), inversion_steps=2, controls=(Control(name="pose"),))
+    following = editing.conditions(engine, config, {"pose": _maps("pose", 2)})
+    without = editing.start_latents(engine, config)
+    assert torch.equal(without, editing.start_latents(engine, config, following=following))
+    with_them = editing.start_latents(engine, replace(config, control_inversion=True), following=following)
+    assert (with_them - without).abs().max() > 1e-3

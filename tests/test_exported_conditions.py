@@ -1,0 +1,161 @@
+"""Conditions through the whole chain: exported beside the clips, edited by the engine, served and asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from controls import maps_of, write_adapter, write_controlnet
+from exported import FRAMES, SIDE, Exported, export_once, open_base
+from served import serving
+
+from tav_opt import cli, editing, video
+from tav_opt.client import Client
+from tav_opt.config import Control, EditConfig, InputError, WorkerConfig
+from tav_opt.engines.exported import ExportedEngine
+from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
+from tav_opt.export import exporting
+from tav_opt.export.__main__ import main
+from tav_opt.files import write_json
+from tav_opt.serving.host.server import Server
+from tav_opt.video.lossless import encode_mkv
+
+pytestmark = pytest.mark.full
+"""Five graphs are exported; the page docs/conditions.md, which is run always, exports two and serves them."""
+CONTROLS = (Control(name="pose", scale=0.7, end=0.7), Control(name="depth", scale=1.5))
+EDIT = EditConfig(prompts=("a panda is skiing",), steps=3, guidance_scale=7.5, controls=CONTROLS)
+MAPS = {one.name: maps_of(FRAMES, SIDE, SIDE, seed) for seed, one in enumerate(CONTROLS)}
+
+
+@pytest.fixture(scope="module")
+def places(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base, folder = golden / "reference_checkpoint" / "sd", tmp_path_factory.mktemp("networks")
+    return {"pose": write_controlnet(base, folder / "pose", 1), "depth": write_adapter(base, folder / "depth", 2)}
+
+
+@pytest.fixture(scope="module")
+def exported(golden: Path, places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The clip `first`, and networks that came to its base later, by the command."""
+    found = export_once(golden, tmp_path_factory.getbasetemp())
+    given = [f"--controlnet=pose={places['pose']}", f"--adapter=depth={places['depth']}"]
+    assert main([str(found.checkpoint), f"--repository={found.repository}", "--name=first", *given]) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(exported: Exported) -> ExportedEngine:
+    return ExportedEngine.open(exported.version / "clips" / "first", open_base(exported, "onnxruntime", threads=1))
+
+
+@pytest.fixture(scope="module")
+def eager(exported: Exported, places: dict[str, Path]) -> TorchEngine:
+    return open_checkpoint(
+        exported.checkpoint, controlnets={"pose": places["pose"]}, adapters={"depth": places["depth"]}
+    )
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    difference = np.abs(found.astype(int) - expected)
+    assert found.shape == expected.shape and expected.std() > 10
+    assert difference.mean() <= 0.05 and difference.max() <= 3, (difference.mean(), difference.max())
+
+
+def test_a_base_has_a_graph_a_network_and_of_the_unet_one_a_set_of_kinds(exported: Exported) -> None:
+    told = json.loads((exported.base / "manifest.json").read_text())["added"]
+    unets = {"unet_controlnet", "unet_adapter", "unet_controlnet_adapter"}
+    assert set(told) == {"controlnet_pose", "adapter_depth", *unets}
+    assert all([*told[name]["files"]] == [f"{name}.onnx"] for name in unets), "weights of its own"
+    assert all(one["parity"]["error"] <= one["parity"]["tolerance"] for one in told.values())
+
+
+def test_the_exported_edit_follows_maps_as_eager_pytorch_does(engine: ExportedEngine, eager: TorchEngine) -> None:
+    expected = editing.edit(eager, EDIT, maps=MAPS)
+    assert_same(editing.edit(engine, EDIT, maps=MAPS), expected)
+    plain = editing.edit(engine, replace(EDIT, controls=()))
+    assert np.abs(plain.astype(int) - expected).mean() > 1, "the maps do nothing"
+
+
+def test_memory_of_networks_is_counted_before_they_are_loaded(exported: Exported) -> None:
+    fresh = ExportedEngine.open(exported.version / "clips" / "first", open_base(exported, "onnxruntime", threads=1))
+    plain, both = fresh.extra_bytes(1), fresh.extra_bytes(1, controls=("pose", "depth"))
+    weights = (exported.base / "controlnet_pose.onnx.data").stat().st_size
+    assert both > plain + 3 * (exported.base / "unet.onnx.data").stat().st_size + weights
+    assert plain < fresh.extra_bytes(1, controls=("depth",)) < both
+
+
+@pytest.fixture(scope="module")
+def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Of the base as it was; its networks come while it runs, their list last, as an export writes them."""
+    folder = tmp_path_factory.mktemp("served")
+    repository = Path(shutil.copytree(exported.repository, folder / "repository"))
+    (base,) = (repository / "tune_a_video_stream" / "1" / "base").iterdir()
+    told = json.loads((base / "manifest.json").read_text())
+    write_json(base / "manifest.json", {name: value for name, value in told.items() if name != "added"})
+    with serving(repository, WorkerConfig(cache=folder / "cache", batch_requests=2)) as running:
+        with Client(running.grpc_url) as client:
+            assert client.edit("first", replace(EDIT, controls=())).frames.any()
+            with pytest.raises(InputError, match="'pose' has no network; there is none"):
+                client.edit("first", EDIT, maps=MAPS)
+        write_json(base / "manifest.json", told)
+        yield running
+
+
+def test_the_server_edits_by_maps_that_are_sent(server: Server, engine: ExportedEngine) -> None:
+    with Client(server.grpc_url) as client:
+        found = client.edit("first", EDIT, maps={"pose": MAPS["pose"], "depth": encode_mkv(MAPS["depth"])})
+        assert_same(found.frames, editing.edit(engine, EDIT, maps=MAPS))
+        assert [one["name"] for one in found.metadata[0]["controls"]] == ["pose", "depth"]
+        plain = client.edit("first", replace(EDIT, controls=()))
+        assert_same(plain.frames, editing.edit(engine, replace(EDIT, controls=())))
+        inverted = replace(EDIT, controls=(Control(name="depth"),), control_inversion=True)
+        for maps in (MAPS["depth"], MAPS["pose"]):  # of which one's inversion is not the other's
+            found = client.edit("first", inverted, maps={"depth": maps})
+            assert_same(found.frames, editing.edit(engine, inverted, maps={"depth": maps}))
+
+
+def test_the_server_refuses_maps_that_do_not_fit(server: Server) -> None:
+    with Client(server.grpc_url) as client:
+        for name, maps, said in (
+            ("pose", maps_of(FRAMES + 1, SIDE, SIDE, 0), "takes 4 frames of 64×64"),
+            ("pose", maps_of(FRAMES, SIDE, 48, 0), "takes 4 frames of 64×64"),
+            ("pose", b"nonsense", "input video"),
+            ("hand", MAPS["pose"], "'hand' has no network; there is depth, pose"),
+        ):
+            with pytest.raises(InputError, match=said):
+                client.edit("first", replace(EDIT, controls=(Control(name=name),)), maps={name: maps})
+        with pytest.raises(InputError, match="scale 11"):
+            client.edit("first", replace(EDIT, controls=(Control(name="pose", scale=11),)), maps={"pose": MAPS["pose"]})
+
+
+def test_commands_follow_maps(
+    server: Server, exported: Exported, places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video.write(tmp_path / "pose", MAPS["pose"], 8)
+    common = ["--prompt", "a panda is skiing", "--steps", "2", f"--control=pose={tmp_path / 'pose'}"]
+    common += ["--control-scale", "0.5"]
+    assert cli.main(["edit", str(exported.version / "clips" / "first"), *common, f"--out={tmp_path / 'a'}"]) == 0
+    given = ["request", "--clip", "first", "--url", server.grpc_url, *common]
+    assert cli.main([*given, f"--out={tmp_path / 'b'}"]) == 0
+    place = f"--controlnet=pose={places['pose']}"
+    assert cli.main(["edit", str(exported.checkpoint), *common, place, f"--out={tmp_path / 'c'}"]) == 0
+    assert_same(video.read(tmp_path / "a").frames, video.read(tmp_path / "c").frames)
+    assert_same(video.read(tmp_path / "b").frames, video.read(tmp_path / "c").frames)
+    capsys.readouterr()
+    assert cli.main(["edit", str(exported.checkpoint), *common, "--out", str(tmp_path / "d.mp4")]) == 2
+    assert "control 'pose' has no network; there is none" in capsys.readouterr().err
+
+
+def test_networks_of_a_name_are_not_replaced(
+    golden: Path, exported: Exported, places: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_controlnet(golden / "reference_checkpoint" / "sd", tmp_path / "other", 7)
+    with pytest.raises(InputError, match="has a controlnet_pose that is made of something else"):
+        exporting.export(exported.checkpoint, exported.repository, name="second", controlnets={"pose": other})
+    with pytest.raises(InputError, match="'pose' of another kind"):
+        exporting.export(exported.checkpoint, exported.repository, name="second", adapters={"pose": places["depth"]})
+    assert not (exported.version / "clips" / "second").exists()
