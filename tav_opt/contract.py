@@ -141,7 +141,7 @@ STREAM_INPUTS = (
         name="control_video",
         dtype="STRING",
         shape=(-1,),
-        doc="the maps: a video file for each control, of the clip's frames and size",
+        doc="the maps: a video file for each control, of the source's frames, the clip's size",
         optional=True,
     ),
     ServedTensor(

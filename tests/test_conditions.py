@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tav_opt import editing, models
+from tav_opt import editing, models, windows
 from tav_opt.conditions import condition
 from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import ClipInfo
@@ -303,3 +303,77 @@ def test_inversion_takes_conditions_only_where_it_is_told_to(sd: StableDiffusion
     assert torch.equal(without, editing.start_latents(engine, config, following=following))
     with_them = editing.start_latents(engine, replace(config, control_inversion=True), following=following)
     assert (with_them - without).abs().max() > 1e-3
+
+
+TOGETHER = EditConfig(
+    prompts=(PROMPT,), steps=2, inversion_steps=1, controls=(Control(name="pose", scale=0.5), Control(name="depth"))
+)
+"""One of each kind."""
+
+
+def _clip(frames: int) -> np.ndarray:
+    return maps_of(frames, SIDE, SIDE, 11)
+
+
+@torch.no_grad()
+def test_a_long_clip_follows_its_maps_window_by_window(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    engine, total, window = _engine(sd, places, 3), 5, 3
+    maps = {one.name: _maps(one.name, total) for one in TOGETHER.controls}
+    latents = torch.randn(2, 4, total, 8, 8, generator=torch.Generator().manual_seed(2))
+    text, timestep = engine.encode_text(["", PROMPT]), torch.tensor(301)
+    following = editing.conditions(engine, TOGETHER, maps, total)
+    long = editing.Calls(windows_at_once=2).predict(engine)
+    found = condition.Conditioned(long, following, TOGETHER.steps)(latents, timestep, text)
+
+    expected = torch.zeros_like(latents)
+    for begin, share in zip(windows.begins(total, window), windows.weights(total, window), strict=True):
+        own = [0, *range(begin + 1, begin + window)]
+        acting = editing.conditions(engine, TOGETHER, {name: one[own] for name, one in maps.items()})
+        told = condition.told(acting, latents[:, :, own], timestep, text)
+        expected[:, :, own] += share[:, None, None].float() * engine.predict(latents[:, :, own], timestep, told)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (found - long(latents, timestep, text)).abs().max() > 1e-2, "the maps do nothing"
+
+
+def test_maps_are_of_the_source_that_is_edited(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    engine = _engine(sd, places, 2)
+    config = replace(TOGETHER, controls=TOGETHER.controls[1:], control_inversion=True)
+    found = editing.edit(engine, config, frames=_clip(4), maps={"depth": _maps("depth", 4)})
+    assert found.shape == (1, 4, SIDE, SIDE, 3)
+    with pytest.raises(InputError, match=r"control depth: its maps are uint8 \(2, 64, 64, 3\).* 4 frames of 64×64"):
+        editing.edit(engine, config, frames=_clip(4), maps={"depth": _maps("depth", 2)})
+
+
+def test_outside_a_mask_the_source_stays_whatever_is_followed(
+    sd: StableDiffusion, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, frames, decoded = _engine(sd, places, 2), _clip(2), []
+    decode = models.decode_video
+    monkeypatch.setattr(models, "decode_video", lambda sd, latents: decoded.append(latents) or decode(sd, latents))
+    mask = np.zeros((1, SIDE, SIDE), bool)
+    mask[:, :, : SIDE // 2] = True
+    maps = {one.name: _maps(one.name, 2) for one in TOGETHER.controls}
+    editing.edit(engine, TOGETHER, frames=frames, mask=mask, maps=maps)
+    editing.edit(engine, replace(TOGETHER, controls=()), frames=frames, mask=mask)
+    followed, plain = decoded
+    source, half = engine.encode_video(frames), followed.shape[4] // 2
+    assert torch.equal(followed[..., half + 1 :], source[..., half + 1 :])
+    assert (followed - plain)[..., : half - 1].abs().max() > 1e-2, "the maps do nothing"
+
+
+CONTROL_OF_ATTENTION: dict[str, dict[str, Any]] = {
+    "keep": {"keep": "background"},
+    "words": {"word_weights": ("panda:2",)},
+    "replaced": {"replace_self": 0.5},
+    "blended": {"blend_words": ("panda",)},
+}
+
+
+@pytest.mark.parametrize("case", CONTROL_OF_ATTENTION)
+def test_attention_control_and_maps_are_not_for_one_edit(
+    sd: StableDiffusion, places: dict[str, Path], case: str
+) -> None:
+    config = replace(TOGETHER, **CONTROL_OF_ATTENTION[case])
+    maps = {one.name: _maps(one.name, 2) for one in config.controls}
+    with pytest.raises(InputError, match=r"'pose' with attention control .* give one of them"):
+        editing.edit(_engine(sd, places, 2), config, maps=maps)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tav_opt import ddim, inversion, windows
+from tav_opt.conditions.condition import DOWN, INSIDE, MID
 from tav_opt.config import InputError, InversionConfig
 
 SCHEDULE = ddim.Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
@@ -133,6 +134,24 @@ def test_a_mapping_is_cut_where_it_has_frames_and_rows_keep_their_timesteps():
     assert torch.equal(text["edges"], rows * 2)
     assert timestep.tolist() == [3, 4, 3, 4] and text["scale"].tolist() == [1, 2, 1, 2]
     assert torch.equal(text["text"], torch.cat([told["text"]] * 2))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_conditions_add_is_cut_by_its_frames_whatever_its_width(at_once):
+    seen = []
+
+    def predict(latents, _timestep, text):
+        seen.append((latents, text))
+        return latents
+
+    latents, total, window = latents_of(12, rows=2), 12, 8
+    told = {f"{DOWN}.1": (latents * 2).transpose(1, 2), MID: torch.randn(2, total, total, 1, 1)}
+    told |= {f"{INSIDE}.0": torch.randn(2, total, window, 3, 2), "text": torch.randn(2, 5, 3)}
+    windows.windowed(predict, window, at_once=at_once)(latents, 3, told)
+    assert all(torch.equal(text[f"{DOWN}.1"], (rows * 2).transpose(1, 2)) for rows, text in seen)
+    own = [own_frames(begin, window) for begin in windows.begins(total, window)]
+    for name in (MID, f"{INSIDE}.0"):
+        assert torch.equal(torch.cat([text[name] for _, text in seen]), torch.cat([told[name][:, x] for x in own]))
 
 
 def test_inversion_and_sampling_go_through_windows():

@@ -109,8 +109,9 @@ def run(arguments: Sequence[str]) -> None:
         mention_idle_seed("edit", args.seed, inversion=args.inversion, eta=args.eta)
     maps = _maps(args, engine)
     with progress.shown(first=f"tav-opt edit: {engine.kind} on {place}") as on_progress:
-        told_of = {"mask": args.mask, "maps": maps, "windows_at_once": args.windows_at_once}
-        edits = list(editing.edit(engine, args, **told_of, on_progress=on_progress))
+        at_once = args.windows_at_once
+        edited = editing.edit(engine, args, mask=args.mask, maps=maps, windows_at_once=at_once, on_progress=on_progress)
+        edits = list(edited)
     captions = [[prompt] for prompt in args.prompts]
     source = engine.decode(engine.source_latents)[0] if args.side_by_side else None
     if shape is not None:

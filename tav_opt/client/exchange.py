@@ -110,8 +110,8 @@ class Options(TypedDict, total=False):
     """White where the picture may change: an image, a video or a folder of images, fitted like the video; bytes of a
     video file are sent as they are."""
     maps: Mapping[str, np.ndarray | bytes]
-    """What the edit's controls follow, by their names: uint8 (f, H, W, 3) RGB of the clip's frames and size, or the
-    bytes of a video file with such frames."""
+    """What the edit's controls follow, by their names: uint8 (f, H, W, 3) RGB of the source's frames and the clip's
+    size, or the bytes of a video file with such frames."""
     preview_interval: int
     """A preview with every so many steps; 0: none."""
     output: Literal["frames", "mp4"]
