@@ -189,6 +189,8 @@ STREAM_INPUTS = (
     ),
 )
 """The names of settings are those of EditConfig, and so are the defaults of what is absent; the rest is Request's."""
+CONTROL_INPUTS = tuple(tensor.name for tensor in STREAM_INPUTS if tensor.name.partition("_")[0] == "control")
+"""Those that tell of maps to follow."""
 UNARY_INPUTS = tuple(tensor for tensor in STREAM_INPUTS if tensor.name != "preview_interval")
 STREAM_OUTPUTS = (
     ServedTensor(name="stage", dtype="STRING", shape=(1,), doc="invert, sample, render or done"),

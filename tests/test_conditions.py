@@ -373,7 +373,7 @@ CONTROL_OF_ATTENTION: dict[str, dict[str, Any]] = {
 def test_attention_control_and_maps_are_not_for_one_edit(
     sd: StableDiffusion, places: dict[str, Path], case: str
 ) -> None:
-    config = replace(TOGETHER, **CONTROL_OF_ATTENTION[case])
+    config = replace(TOGETHER, inversion_steps=None, **CONTROL_OF_ATTENTION[case])
     maps = {one.name: _maps(one.name, 2) for one in config.controls}
     with pytest.raises(InputError, match=r"'pose' with attention control .* give one of them"):
         editing.edit(_engine(sd, places, 2), config, maps=maps)

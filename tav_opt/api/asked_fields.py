@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from tav_opt.client.sources import FITTING
 from tav_opt.config import ClipConfig, EditConfig, Within
-from tav_opt.contract import MAX_PROMPTS, MAX_TEXT_BYTES, STREAM_INPUTS, Request, ServedTensor
+from tav_opt.contract import CONTROL_INPUTS, MAX_PROMPTS, MAX_TEXT_BYTES, STREAM_INPUTS, Request, ServedTensor
 
-SPOKEN_FOR = ("clip", "prompt", "video", "source_frames", "preview_interval", "output")
-"""Inputs of the contract that OpenAI's own fields stand for, and what the API decides itself."""
+SPOKEN_FOR = ("clip", "prompt", "video", "source_frames", "preview_interval", "output", *CONTROL_INPUTS)
+"""Inputs of the contract that OpenAI's own fields stand for, what the API decides itself, and maps, which it lacks."""
 SOURCE = "input_reference"
 """OpenAI's name of what is edited in the clip's place; of `edits` it is `video`."""
 _DTYPES: dict[str, Any] = {"STRING": str, "FP32": float, "BOOL": bool}
