@@ -15,6 +15,8 @@ from tav_opt.contract import CONTROL_INPUTS, MAX_PROMPTS, MAX_TEXT_BYTES, STREAM
 
 SPOKEN_FOR = ("clip", "prompt", "video", "source_frames", "preview_interval", "output", *CONTROL_INPUTS)
 """Inputs of the contract that OpenAI's own fields stand for, what the API decides itself, and maps, which it lacks."""
+CHOOSING = tuple(name for name in FITTING if name != "frames")
+"""Which frames of a source are taken, and how; they are as many as the clip's, as `num_frames` says."""
 SOURCE = "input_reference"
 """OpenAI's name of what is edited in the clip's place; of `edits` it is `video`."""
 _DTYPES: dict[str, Any] = {"STRING": str, "FP32": float, "BOOL": bool}
@@ -98,7 +100,7 @@ def _fitting_fields() -> dict[str, Any]:
     hints = get_type_hints(ClipConfig, include_extras=True)
     told = {"start": "first frame of the source", "stride": "every so manieth of its frames", "fit": "how it is fitted"}
     told["uniform"] = "spread over the source, instead of start and stride"
-    return {n: (_checked(hints[n]) | None, Field(None, description=f"{told[n]}; as in tune")) for n in FITTING}
+    return {n: (_checked(hints[n]) | None, Field(None, description=f"{told[n]}; as in tune")) for n in CHOOSING}
 
 
 def _field(tensor: ServedTensor) -> Any:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
-from tav_opt.api.asked_fields import SOURCE, files, frames, settings
+from tav_opt.api.asked_fields import CHOOSING, SOURCE, files, frames, settings
 from tav_opt.client import Options
-from tav_opt.client.sources import FITTING
 from tav_opt.config import FILLED_IN, PRESETS, ClipConfig, EditConfig, InputError, check_numbers
 from tav_opt.contract import ServedClip, check_clip_name, from_tensors, to_tensors
 
@@ -61,7 +60,7 @@ def order_of(asked: Mapping[str, Any], clip: ServedClip) -> Order:
         clip=check_clip_name(name),
         edit=edit,
         options=cast(Options, options | {"output": "mp4", "left_out": left_out}),
-        choice={name: asked.get(name, getattr(ClipConfig, name)) for name in FITTING},
+        choice={name: asked.get(name, getattr(ClipConfig, name)) for name in CHOOSING},
     )
     _check_clip(asked, clip)
     _check_source(asked)
@@ -118,7 +117,7 @@ def _same(given: str | float, seconds: str) -> bool:
 
 
 def _check_source(asked: Mapping[str, Any]) -> None:
-    given = [name for name in FITTING if name in asked]
+    given = [name for name in CHOOSING if name in asked]
     if given and not isinstance(_source(asked), str):
         raise InputError(f"{given[0]} chooses frames of a video that is sent; there is none")
 
