@@ -165,6 +165,10 @@ def test_commands_follow_maps(
     capsys.readouterr()
     assert cli.main(["edit", str(exported.checkpoint), *common, "--out", str(tmp_path / "d.mp4")]) == 2
     assert "control 'pose' has no network; there is none" in capsys.readouterr().err
+    assert cli.main(["edit", str(exported.checkpoint), *common, place, "--keep", "background"]) == 2
+    assert "'pose' with attention control" in capsys.readouterr().err
+    assert cli.main([*given, "--keep", "background"]) == 2
+    assert "'pose' with attention control" in capsys.readouterr().err
 
 
 def test_networks_of_a_name_are_not_replaced(
