@@ -16,7 +16,8 @@ docs: .venv/installed
 # Two halves at a time: these files keep one core busy for minutes, the others wait for processes and disks.
 BESIDE := $(addprefix tests/test_,engines.py kernels.py schedules.py train.py gateway.py demo.py fuzz.py half_graph.py whole_edit.py \
   kernels_backward.py kernels_backward_compiled.py gpu_run.py presets.py solvers.py group_norm.py group_norm_interpreted.py \
-  single_file.py additions.py personalise.py refined_inversion.py suite_run.py)
+  single_file.py additions.py personalise.py refined_inversion.py suite_run.py app.py app_browser.py api.py api_jobs.py api_fuzz.py \
+  conditions.py controlled_edit.py served_control.py served_long.py long_clips.py added_graphs.py)
 test: lint .venv/server .venv/tensorrt
 	@$(OFFLINE) $(BIN)/python -m pytest -m "not full" $(BESIDE) > .venv/beside.log 2>&1 & beside=$$!; \
 	$(OFFLINE) $(BIN)/python -m pytest -m "not full" $(addprefix --ignore ,$(BESIDE)); status=$$?; \

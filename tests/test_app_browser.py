@@ -218,6 +218,7 @@ def test_clips_and_the_servers_health_are_told(tab):
     assert "first" in tab.text("clips") and f"{SIDE}×{SIDE}" in tab.text("clips")
 
 
+@pytest.mark.full
 def test_a_clip_is_tuned_stopped_gone_on_with_exported_and_edited(tab, dropped, server):
     tab.page.get_by_role("tab", name="Tune").click()
     tab.set("caption", "squares of noise")

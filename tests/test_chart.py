@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 from pydantic import BaseModel
 
+from tav_opt.app.app_config import AppConfig
 from tav_opt.cli import COMMANDS
 from tav_opt.cli.serve import told
 from tav_opt.serving.gateway.settings import DRAIN_SECONDS
@@ -48,14 +50,19 @@ GIVEN = {
     "pulled": {"models": {"pull": {"url": "hf://owner/name/clips"}}},
     "bare": {**CLAIM, "networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
     "everything": EVERYTHING,
+    "page": {
+        **CLAIM,
+        "page": {"enabled": True, "usersSecretName": "people", "rootPath": "/edits", "visitors": [{"podSelector": {}}]},
+        "networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"app": "site"}}}]},
+    },
 }
 
 
-def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifests of a release `edits`, by kind."""
+def rendered(values: dict[str, Any], *, page: bool = False) -> dict[str, dict[str, Any]]:
+    """The manifests of a release `edits`, by kind: the server's, or those of its page."""
     with helm.Chart.load(CHART) as chart:
         files = chart.render(values, name="edits", namespace="video")
-    texts = [text for name, text in files.items() if name.endswith(".yaml")]
+    texts = [text for name, text in files.items() if name.endswith(".yaml") and name.endswith("page.yaml") == page]
     return {one["kind"]: one for text in texts for one in yaml.safe_load_all(text) if one}
 
 
@@ -73,7 +80,7 @@ def test_helm_has_nothing_to_say_of_it(name):
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("name", GIVEN)
 def test_every_manifest_is_one_of_kubernetes(name, version):
-    for manifest in rendered(GIVEN[name]).values():
+    for manifest in [*rendered(GIVEN[name]).values(), *rendered(GIVEN[name], page=True).values()]:
         if not manifest["apiVersion"].startswith("monitoring.coreos.com"):
             kubernetes_validate.validate(manifest, version, strict=True)
 
@@ -161,6 +168,28 @@ def test_parts_that_name_each_other_agree(name):
 SELECTING = ("Deployment", "PodDisruptionBudget", "ServiceMonitor")
 
 
+def test_the_page_is_a_pod_of_its_own_that_asks_the_server():
+    server, page = rendered(GIVEN["page"]), rendered(GIVEN["page"], page=True)
+    assert set(page) == {"Deployment", "Service", "NetworkPolicy"} and not rendered(CLAIM, page=True)
+    (container,) = pod(page)["containers"]
+    assert container["command"] == ["tini", "--", "tav-opt", "app"] and "app" in COMMANDS
+    config = tyro.cli(AppConfig, args=container["args"])
+    port, metrics = (one["port"] for one in server["Service"]["spec"]["ports"] if one["name"] in ("grpc", "metrics"))
+    name = server["Service"]["metadata"]["name"]
+    assert (config.url, config.metrics_url) == (f"{name}:{port}", f"http://{name}:{metrics}/metrics")
+    assert (config.tuning, config.host, config.root_path) == (False, "0.0.0.0", "/edits")
+    (mount,) = (one for one in container["volumeMounts"] if one["name"] == "users")
+    assert config.auth == (f"@{mount['mountPath']}/users",)
+    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod(page)["volumes"]}
+    assert container["ports"] == [{"name": "page", "containerPort": config.port}]
+    assert page["Service"]["spec"]["ports"][0]["targetPort"] == "page"
+    labels = page["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert page["Service"]["spec"]["selector"].items() <= labels.items()
+    assert not server["Service"]["spec"]["selector"].items() <= labels.items(), "it is no server"
+    allowed = [{"podSelector": {"matchLabels": page["Service"]["spec"]["selector"]}}]
+    assert all(rule["from"][-1:] == allowed for rule in server["NetworkPolicy"]["spec"]["ingress"])
+
+
 def test_a_pod_has_one_gpu_whole():
     (container,) = pod(rendered(EVERYTHING))["containers"]
     assert container["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": 1}
@@ -200,6 +229,8 @@ def test_the_autoscaler_asks_for_what_the_adapter_is_told_to_offer():
         ({**CLAIM, "serve": {"args": ["--direct"]}}, "args"),
         ({**CLAIM, "serve": {"args": ["--grpc-port=1"]}}, "args"),
         ({**CLAIM, "terminationGracePeriodSeconds": 30}, "terminationGracePeriodSeconds"),
+        ({**CLAIM, "page": {"rootPath": "edits"}}, "rootPath"),
+        ({**CLAIM, "page": {"enabled": True}, "tls": {"secretName": "pair"}}, "it asks the server without TLS"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(values, words):

@@ -32,9 +32,10 @@ class AppConfig(Config):
     in_process: bool = False
     """Edit in this process instead, by the server's own editor; how, the last options say."""
     repository: Path = Path("serving/model_repository")
-    """Model repository whose clips are offered, and which tuned clips are exported to."""
+    """Model repository whose clips are offered, and which tuned clips are exported to; without one, the server's
+    clips are."""
     clips: Clips = ()
-    """Clip to offer in place of the repository's, where that lies on another machine; once per clip."""
+    """Clip to offer, and none but those that are named; once per clip."""
     models: Models = ()
     """Stable Diffusion directory or hub id to tune on; once per model. Default: the package's small one."""
     tuning: bool = True

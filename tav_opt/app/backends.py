@@ -7,6 +7,7 @@ import queue
 import threading
 import urllib.error
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from tav_opt.app.app_config import AppConfig
 from tav_opt.client import Client, Edit, Options, Progress, Retry, ServerError
-from tav_opt.config import EditConfig
+from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import ServedClip, to_tensors
 from tav_opt.loopback import urlopen
 from tav_opt.repository import clips as exported
@@ -61,12 +62,16 @@ def open_backend(config: AppConfig) -> Backend:
 
 
 def names(config: AppConfig) -> list[str]:
-    """Of the clips that are offered: those that were named, or else those of the repository."""
+    """Of the clips that are offered: those that were named, or those of the repository, or without one the server's."""
     if config.clips:
         return list(config.clips)
-    if not version_folder(config.repository).is_dir():
+    if version_folder(config.repository).is_dir():
+        return [clip.name for clip in exported.clips(config.repository, on_damaged=lambda *_: None)]
+    if config.in_process:
         return []
-    return [clip.name for clip in exported.clips(config.repository, on_damaged=lambda *_: None)]
+    with Client(config.url, retry=Retry(attempts=1)) as client, suppress(ServerError, InputError):
+        return list(client.clips(deadline_s=5))
+    return []
 
 
 class Remote:

@@ -15,8 +15,10 @@ from gradio.components import Component
 from tav_opt.config import FILLED_IN, EditConfig, InputError, Within, described, ranges
 from tav_opt.contract import CONTROL_INPUTS, STREAM_INPUTS, Request
 
-ELSEWHERE = ("clip", "prompt", "negative_prompt", "preset", "video", "source_frames", "output", "preview_interval")
-ELSEWHERE += CONTROL_INPUTS
+ELSEWHERE = (
+    *("clip", "prompt", "negative_prompt", "preset", "video", "source_frames", "output", "preview_interval"),
+    *CONTROL_INPUTS,
+)
 """Inputs of an edit that have a place of their own on the page, that it decides itself, or, maps to follow, lacks."""
 ON, OFF = "on", "off"
 

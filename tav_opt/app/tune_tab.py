@@ -79,12 +79,13 @@ class TuneTab:
         train = [*self.train_shown, *self.more_shown]
         shown: list[Any] = [self.video, self.model, *self.clip_shown, *train]
         gr.on(
-            [one.change for one in shown],
+            [one.blur if isinstance(one, gr.Textbox) else one.change for one in shown],
             self.looked_at,
             shown,
             [self.frames, self.needed],
-            trigger_mode="always_last",
-            **AT_ONCE,
+            trigger_mode="multiple",
+            concurrency_limit=1,  # one after the other: the last one's answer stays
+            show_progress="hidden",
         )
         self.video.change(self.named, [self.video, self.name], self.name, **AT_ONCE)
         self.begin.click(self.begun, [self.caption, self.name, *shown], [self.run, *told, self.begin], **AT_ONCE)

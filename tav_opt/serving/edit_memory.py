@@ -47,7 +47,7 @@ def _bytes_of(
     """What so many prompts need for them alone, or add to the batch of others: whichever is more."""
     controlled = request.edit.controlled
     rows = prompts + controlled  # its source counts as one more
-    extra = partial(
+    bytes_of = partial(
         engine.extra_bytes,
         encode=request.video is not None or request.source_frames is not None,
         windows=windows,
@@ -56,7 +56,7 @@ def _bytes_of(
         frames=frames,
     )
     promised = engine.extra_bytes(beside) if beside else 0  # by those edits
-    return max(extra(rows + beside) - promised, extra(rows))
+    return max(bytes_of(rows + beside) - promised, bytes_of(rows))
 
 
 def _checked(needed: int, free: int) -> int:

@@ -129,7 +129,7 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
     faults: dict[str, str] = {}
     done = {unit.id for unit in planned if store.done(unit)}
     waiting = Waiting(planned, done, model_of)
-    left = Counter(unit.kind for unit in planned if unit.id not in done)
+    left = Counter[str](unit.kind for unit in planned if unit.id not in done)
     progress = Progress(len(planned), workers, left, _seconds(planned, store, done))
     kept_back: list[Unit] = []
     running = 0
