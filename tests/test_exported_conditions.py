@@ -86,6 +86,7 @@ def test_memory_of_networks_is_counted_before_they_are_loaded(exported: Exported
     weights = (exported.base / "controlnet_pose.onnx.data").stat().st_size
     assert both > plain + 3 * (exported.base / "unet.onnx.data").stat().st_size + weights
     assert plain < fresh.extra_bytes(1, controls=("depth",)) < both
+    assert both < fresh.extra_bytes(1, controls=("pose", "depth"), frames=2 * FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +119,28 @@ def test_the_server_edits_by_maps_that_are_sent(server: Server, engine: Exported
             assert_same(found.frames, editing.edit(engine, inverted, maps={"depth": maps}))
 
 
+def test_the_server_edits_a_longer_source_by_as_many_maps(server: Server, engine: ExportedEngine) -> None:
+    source = maps_of(FRAMES + 3, SIDE, SIDE, 9)
+    maps = {name: maps_of(FRAMES + 3, SIDE, SIDE, seed) for seed, name in enumerate(MAPS)}
+    config = replace(EDIT, inversion_steps=1)
+    with Client(server.grpc_url) as client:
+        found = client.edit("first", config, source_frames=source, maps=maps).frames
+    assert_same(found, editing.edit(engine, config, frames=source, maps=maps))
+    plain = editing.edit(engine, replace(config, controls=()), frames=source)
+    assert np.abs(found.astype(int) - plain).mean() > 1, "the maps do nothing"
+
+
+def test_the_server_refuses_maps_and_attention_control_at_once(server: Server) -> None:
+    with Client(server.grpc_url) as client, pytest.raises(InputError, match="'pose' with attention control"):
+        client.edit("first", replace(EDIT, keep="motion"), maps=MAPS)
+
+
 def test_the_server_refuses_maps_that_do_not_fit(server: Server) -> None:
     with Client(server.grpc_url) as client:
         for name, maps, said in (
             ("pose", maps_of(FRAMES + 1, SIDE, SIDE, 0), "takes 4 frames of 64×64"),
             ("pose", maps_of(FRAMES, SIDE, 48, 0), "takes 4 frames of 64×64"),
-            ("pose", b"nonsense", "input video"),
+            ("pose", b"nonsense", "input control_video"),
             ("hand", MAPS["pose"], "'hand' has no network; there is depth, pose"),
         ):
             with pytest.raises(InputError, match=said):
@@ -148,6 +165,10 @@ def test_commands_follow_maps(
     capsys.readouterr()
     assert cli.main(["edit", str(exported.checkpoint), *common, "--out", str(tmp_path / "d.mp4")]) == 2
     assert "control 'pose' has no network; there is none" in capsys.readouterr().err
+    assert cli.main(["edit", str(exported.checkpoint), *common, place, "--keep", "background"]) == 2
+    assert "'pose' with attention control" in capsys.readouterr().err
+    assert cli.main([*given, "--keep", "background"]) == 2
+    assert "'pose' with attention control" in capsys.readouterr().err
 
 
 def test_networks_of_a_name_are_not_replaced(

@@ -18,6 +18,7 @@ from tav_opt.config import Control, InputError
 from tav_opt.contract import to_tensors
 from tav_opt.ddim import Text, Timestep
 from tav_opt.memory.promises import Memory
+from tav_opt.serving import decoding
 from tav_opt.serving.failures import Unavailable
 from tav_opt.video import masks
 from tav_opt.video.lossless import encode_mkv
@@ -91,8 +92,16 @@ def test_memory_is_asked_for_the_networks_and_all_frames_of_the_source() -> None
 
 @pytest.mark.parametrize(("maps", "source", "takes"), [(3, None, 2), (5, 4, 4), (4, 5, 5)])
 def test_maps_of_another_length_than_the_source_are_refused(maps: int, source: int | None, takes: int) -> None:
+    decode = lambda data, wanted, go_on: decoding.decode(data, wanted, seconds=60, keep_waiting=go_on)  # noqa: E731
     with pytest.raises(InputError, match=f"input control_video: .*takes {takes} frames of 8×8"):
-        answered(editor(Following()), asked(maps, source=source))
+        answered(editor(Following(), decode=decode), asked(maps, source=source))
+
+
+def test_maps_are_held_against_a_video_once_its_length_is_known() -> None:
+    video = encode_mkv(maps_of(5, 8, 8, 2))
+    answered(editor(Following()), asked(5, video=video))
+    with pytest.raises(InputError, match=r"control pose: its maps are uint8 \(4, 8, 8, 3\).* 5 frames of 8×8"):
+        answered(editor(Following()), asked(4, video=video))
 
 
 def test_a_mask_and_maps_are_for_one_edit() -> None:
