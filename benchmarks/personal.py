@@ -32,8 +32,9 @@ from tav_opt.personalise import dreambooth
 from tav_opt.video import contact_sheet
 
 WORD = "sks creature"
-SEEN = tuple(PLAIN)
-"""Where the four pictures show it."""
+SEEN = ("white",) * 4
+"""Where the four pictures show it, each in a size and place of its own; the prompt names it, so that it is no part of
+the subject."""
 OTHERS = tuple(place for place in PLACES if place not in PLAIN)
 """Where it is drawn: the twelve pictures are of these, each once or twice."""
 PICTURES = 12
@@ -50,7 +51,7 @@ class Personal:
     train: tyro.conf.OmitArgPrefixes[PersonaliseConfig] = field(
         default_factory=lambda: PersonaliseConfig(steps=400, lr=5e-5, text_encoder=True, class_images=100, seed=33)
     )
-    class_prompt: str = "a creature"
+    class_prompt: str = "a creature on a white background"
     clip: str | None = "rabbit"
     """The package's clip that is tuned on the new model and edited into it; None: no clip."""
     others: bool = True
@@ -68,7 +69,7 @@ def main(config: Personal) -> int:
     model = dreambooth.personalise(
         str(PACKAGE / "model"),
         folder / "pictures",
-        f"a {WORD}",
+        f"a {WORD} {PLACES[SEEN[0]][0]}",
         config.train,
         folder / "model",
         class_prompt=config.class_prompt,

@@ -65,6 +65,7 @@ def engine() -> ExportedEngine:
         graphs=Stand(),
         schedule=FakeEngine.schedule,
         engine="onnxruntime",
+        added={},
         unet_for=lambda told: "unet",
         tokenize=lambda prompts: torch.zeros(len(prompts), 7, dtype=torch.int64),
     )
