@@ -26,7 +26,7 @@ from tav_opt.api.runner import Runner
 from tav_opt.client import Edit, Progress, ServerError
 from tav_opt.client.channel import Unreachable
 from tav_opt.config import PRESETS, EditConfig, InputError
-from tav_opt.contract import STREAM_INPUTS, ServedClip, ServedTensor
+from tav_opt.contract import STREAM_INPUTS, WORDS, ServedClip, ServedTensor
 
 CLIP = ServedClip(frames=3, height=32, width=48, fps=6.0, prompt="a dog", inversion_steps=4)
 MP4 = video.encode_mp4(np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8), 6)
@@ -364,7 +364,8 @@ def test_settings_that_come_later_appear_by_themselves(newer_contract):
     model = request_model("videos")
     schema = model.model_json_schema()["properties"]
     assert schema["words"]["anyOf"][0]["items"]["type"] == "string" and schema["strength"]["description"] == "one"
-    assert asked_fields.lists(model) == {"words"} and asked_fields.files() == asked_fields.frames() == {"poses"}
+    assert asked_fields.lists(model) == {"words", *WORDS}
+    assert asked_fields.frames() == {"poses"} and asked_fields.files() == {"poses", "mask"}
     asked = model.model_validate_json('{"prompt": "x", "words": ["a", "b"], "strength": 0.5}').model_dump()
     assert asked["words"] == ("a", "b") and asked["strength"] == 0.5
 
