@@ -226,7 +226,9 @@ def test_a_clip_is_tuned_stopped_gone_on_with_exported_and_edited(tab, dropped, 
     for name, value in {"frames": FRAMES, "height": SIDE, "width": SIDE}.items():
         tab.set(f"clip-{name}", value)
     tab.wait(f"document.querySelectorAll('#frames img').length == {FRAMES}")
-    tab.wait(f"document.querySelector('#needed').innerText.startsWith('Tuning {FRAMES} frames of {SIDE}×{SIDE} needs')")
+    tab.wait(
+        f"document.querySelector('#needed').innerText.trim().startsWith('Tuning {FRAMES} frames of {SIDE}×{SIDE} needs')"
+    )
     tab.wait("document.querySelector('#run-name input, #run-name textarea').value.startsWith('dropped')")
     tab.set("run-name", "noise")
     for name, value in {"steps": 60, "preview_every": 30}.items():
@@ -239,9 +241,9 @@ def test_a_clip_is_tuned_stopped_gone_on_with_exported_and_edited(tab, dropped, 
     tab.page.click("#tune")
     tab.wait("/step [1-9]\\d* of 60/.test(document.querySelector('#tune-status').innerText)")
     tab.page.click("#tune-stop")
-    tab.wait("document.querySelector('#tune-status').innerText.startsWith('Stopped after step')")
+    tab.wait("document.querySelector('#tune-status').innerText.trim().startsWith('Stopped after step')")
     tab.page.click("#go-on")
-    tab.wait("document.querySelector('#tune-status').innerText.startsWith('Tuned')")
+    tab.wait("document.querySelector('#tune-status').innerText.trim().startsWith('Tuned')")
     tab.page.wait_for_selector("#previews img")
     tab.page.wait_for_selector("#loss canvas, #loss svg")
     tab.page.click("#export")
