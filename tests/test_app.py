@@ -37,7 +37,7 @@ pytest.importorskip("gradio", reason="Gradio is not installed (extra app)")
 
 from tav_opt.app import controls, edit_history, markup
 from tav_opt.app.app_config import AppConfig
-from tav_opt.app.backends import InProcess
+from tav_opt.app.backends import InProcess, _Local
 from tav_opt.app.edit_job import EditJob, EditJobs, Told
 from tav_opt.app.kept_results import KeptResults
 from tav_opt.app.page import Page
@@ -207,6 +207,18 @@ def test_a_job_raises_what_the_edit_raises_and_another_takes_its_place():
 
 
 # In this process.
+
+
+def test_a_result_that_comes_in_parts_is_put_together():
+    """As the server's editor answers where frames are more than one response has: the last one has none of them."""
+    frames = np.arange(2 * 5 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 5, 2, 2, 3)
+
+    def answer(_tensors: Any, send: Any, _stop: Any) -> dict[str, np.ndarray]:
+        for part in (frames[:, :3], frames[:, 3:]):
+            send({"stage": np.array([b"render"]), "step": np.array([3]), "steps": np.array([5]), "frames": part})
+        return {"metadata": np.array([b"{}", b"{}"], np.object_)}
+
+    np.testing.assert_array_equal(_Local({}, 8.0, answer).result().frames, frames)
 
 
 @pytest.fixture(scope="module")

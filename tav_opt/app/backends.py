@@ -171,6 +171,8 @@ class _Local:
         self._told: queue.Queue[Progress | Edit | _Failed] = queue.Queue()
         self._stop, self._fps = threading.Event(), fps
         self._edit: Edit | None = None
+        self._parts: list[np.ndarray] = []
+        """Frames (prompts, f, H, W, 3) of a large result, which come before its last response."""
         threading.Thread(target=self._run, args=(tensors, answer), daemon=True).start()
 
     def _run(self, tensors: dict[str, np.ndarray], answer: Callable[..., Any]) -> None:
@@ -184,11 +186,14 @@ class _Local:
             self._told.put(_Failed(error))
         else:
             about = tuple(map(json.loads, last["metadata"]))
-            self._told.put(Edit(frames=last["frames"], fps=self._fps, metadata=about))
+            frames = np.concatenate(self._parts, axis=1) if self._parts else last["frames"]
+            self._told.put(Edit(frames=frames, fps=self._fps, metadata=about))
 
     def _send(self, told: dict[str, np.ndarray]) -> None:
         stage, step, steps = (told[name][0] for name in ("stage", "step", "steps"))
         preview = told.get("preview")
+        if "frames" in told:
+            self._parts.append(told["frames"])
         self._told.put(Progress(stage=stage.decode(), step=int(step), steps=int(steps), preview=preview))
 
     def __iter__(self) -> Iterator[Progress]:
