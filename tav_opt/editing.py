@@ -15,7 +15,7 @@ from tav_opt import blending, ddim, inversion
 from tav_opt.conditions import condition, token_map
 from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.conditions.condition import Condition, Conditioned
-from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words
+from tav_opt.conditions.source_row import Beside, BlendBy, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
 from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, PathLike, SolverName, check_numbers, check_text
 from tav_opt.solvers import solver
@@ -204,7 +204,7 @@ def _beside(
     )
     source = Kept(start) if filled.direct_inversion else Sampled(start, engine.schedule, config.steps)
     shares = {"replace_cross": filled.replace_cross or 0.0, "replace_self": filled.replace_self or 0.0}
-    blend: Blend | None = "words" if config.blend_words else "changes" if config.blends else None
+    blend: BlendBy | None = "words" if config.blend_words else "changes" if config.blends else None
     return Beside(predict, source, words, engine.schedule, config.steps, blend=blend, **shares)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tav_opt import checkpoint, cli, ddim, editing, inversion
 from tav_opt.conditions.attention_control import CONTROL
-from tav_opt.conditions.source_row import Beside, Blend, Kept, Sampled, Words, where_to_change
+from tav_opt.conditions.source_row import Beside, BlendBy, Kept, Sampled, Words, where_to_change
 from tav_opt.config import EditConfig, InputError, InversionConfig
 from tav_opt.ddim import Known
 from tav_opt.engines.pytorch import open_checkpoint
@@ -51,7 +51,7 @@ class Asked:
         return torch.cat([noise, looks], 1)
 
 
-def sampled(asked: Asked, source: Kept | Sampled, *, blend: Blend | None, **shares: float) -> Tensor:
+def sampled(asked: Asked, source: Kept | Sampled, *, blend: BlendBy | None, **shares: float) -> Tensor:
     beside = Beside(asked, source, WORDS, SCHEDULE, STEPS, blend=blend, **{**SHARES, **shares})
     step = beside.solver(None) if blend else None
     return ddim.sample(

@@ -15,7 +15,7 @@ LOOK_FIRST = 0.2
 """The share of the steps in which it settles where an edit changes its source, and nothing is blended yet."""
 LOOKS = 0.3
 """Of the most that a word looks, or an edit changes, anywhere: what counts (Prompt-to-Prompt's threshold)."""
-Blend = Literal["words", "changes"]
+BlendBy = Literal["words", "changes"]
 """Where an edit may change its source: where the blend words look (Prompt-to-Prompt's local blend), or where what the
 network predicts for the two prompts differs (DiffEdit, Couairon et al. 2022, arXiv 2210.11427)."""
 
@@ -104,7 +104,7 @@ class Beside:
         *,
         replace_cross: float,
         replace_self: float,
-        blend: Blend | None,
+        blend: BlendBy | None,
     ) -> None:
         self._predict, self._source, self._words, self._steps = predict, source, words, steps
         self._schedule, self._timesteps = schedule, schedule.timesteps(steps)
