@@ -163,6 +163,16 @@ def blend(engine: Engine, config: EditConfig, mask: np.ndarray, source: Tensor, 
     return blending.Blend.of(mask, source, start[-1:], alpha)
 
 
+def check_engine(engine: Engine, config: EditConfig) -> None:
+    """Raises InputError for attention control that an engine has no graph for, saying how it gets one."""
+    if not config.controlled:
+        return
+    try:
+        engine.check_told(("text", *CONTROL))
+    except InputError as error:
+        raise InputError(f"{error}: attention control needs `python -m tav_opt.export … --attention-control`") from None
+
+
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
     """→ (1 + prompts, tokens, width), the negative prompt first, and where attention is controlled the source's last.
 
@@ -170,10 +180,7 @@ def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
     """
     if not config.controlled:
         return engine.encode_text([config.negative_prompt, *config.prompts])
-    try:
-        engine.check_told(("text", *CONTROL))
-    except InputError as error:
-        raise InputError(f"{error}: attention control needs `python -m tav_opt.export … --attention-control`") from None
+    check_engine(engine, config)
     source = _source_prompt(engine, config)
     text = engine.encode_text([config.negative_prompt, *config.prompts, source])
     known, *edits = (Prompt.of(engine.tokenizer, prompt, text.shape[1]) for prompt in (source, *config.prompts))

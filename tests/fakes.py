@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tav_opt import ddim
-from tav_opt.config import EditConfig
+from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.memory.promises import Memory
 from tav_opt.serving import decoding
@@ -42,6 +42,9 @@ class FakeEngine:
     def encode_video(self, frames):
         self.encoded.append(frames)
         return torch.full((1, 4, len(frames), 2, 2), float(frames.mean()))
+
+    def check_told(self, _told):
+        raise InputError("no such UNet")
 
     def predict(self, latents, timestep, text):
         self.batches.append(latents.shape[0])

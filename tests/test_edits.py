@@ -42,6 +42,21 @@ def test_inversion_steps_that_are_absent_are_the_clips_own():
     assert report.inversion == "clip"
 
 
+def test_what_a_preset_brings_is_checked_too():
+    """50 steps to invert and to sample go with direct inversion; the 20 of the preset do not."""
+    kept = replace(SHORT, steps=50, keep="motion", inversion_steps=50)
+    tensors = to_tensors("toy", kept, preset="fast", left_out={"steps"})
+    with pytest.raises(InputError, match="inversion steps 50 with direct inversion: must be as many as steps, 20"):
+        answered(editor(FakeEngine()), tensors)
+
+
+def test_a_base_without_the_graph_says_how_to_get_it():
+    engine = FakeEngine()
+    with pytest.raises(InputError, match=r"no such UNet: attention control needs .*--attention-control"):
+        answered(editor(engine), to_tensors("toy", replace(SHORT, keep="motion")))
+    assert not engine.batches
+
+
 @pytest.mark.parametrize(("free", "batches"), [(100, [6]), (3, [6]), (2, [4, 2]), (1, [2, 2, 2])])
 def test_prompts_share_a_batch_where_memory_allows(free, batches):
     engine = FakeEngine()

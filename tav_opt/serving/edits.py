@@ -77,6 +77,8 @@ class Editor:
             engine = self.clips(request.clip)
         request = replace(request, edit=engine.info.edited(request.edit, request.given, request.preset))
         check_request(request)
+        editing.check(request.edit)  # with what the clip and the preset bring
+        editing.check_engine(engine, request.edit)
         report.request, report.engine = request, engine.kind
         _check_source(request, engine, self.longest_source)
         if names := [one.name for one in request.edit.controls]:
