@@ -13,15 +13,26 @@ demo: .venv/server
 docs: .venv/installed
 	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Two halves at a time: these files keep one core busy for minutes, the others wait for processes and disks.
-BESIDE := $(addprefix tests/test_,engines.py kernels.py schedules.py train.py gateway.py demo.py fuzz.py half_graph.py whole_edit.py \
-  kernels_backward.py kernels_backward_compiled.py gpu_run.py presets.py solvers.py group_norm.py group_norm_interpreted.py \
-  single_file.py additions.py personalise.py refined_inversion.py suite_run.py app.py app_browser.py api.py api_jobs.py api_fuzz.py \
-  conditions.py controlled_edit.py served_control.py served_long.py long_clips.py added_graphs.py)
+# Three at a time on two cores, with one thread each: the first keeps a core busy for minutes, the second waits for servers
+# and what they do, the third is all the rest. What they all need is made once, in COMMON.
+COMPUTING := $(addprefix tests/test_,engines.py kernels.py schedules.py train.py gateway.py demo.py fuzz.py half_graph.py \
+  whole_edit.py kernels_backward.py kernels_backward_compiled.py gpu_run.py presets.py solvers.py group_norm.py \
+  group_norm_interpreted.py single_file.py additions.py personalise.py refined_inversion.py suite_run.py app.py \
+  app_browser.py api.py api_jobs.py api_fuzz.py conditions.py controlled_edit.py served_control.py served_long.py \
+  long_clips.py added_graphs.py)
+WAITING := $(addprefix tests/test_,docs.py supervision.py faults.py load.py serving.py serving_files.py operating.py)
+COMMON := $(CURDIR)/.venv/common
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 TAV_OPT_TESTS_COMMON=$(COMMON) $(BIN)/python -m pytest
+.PHONY: test-computing test-waiting test-others
 test: lint .venv/server .venv/tensorrt
-	@$(OFFLINE) $(BIN)/python -m pytest -m "not full" $(BESIDE) > .venv/beside.log 2>&1 & beside=$$!; \
-	$(OFFLINE) $(BIN)/python -m pytest -m "not full" $(addprefix --ignore ,$(BESIDE)); status=$$?; \
-	wait $$beside || status=1; cat .venv/beside.log; exit $$status
+	@rm -rf $(COMMON) && mkdir $(COMMON)
+	@$(MAKE) --jobs 3 --keep-going --output-sync=target test-computing test-waiting test-others
+test-computing:
+	@$(PYTEST) -m "not full" $(COMPUTING)
+test-waiting:
+	@$(PYTEST) -m "not full" $(WAITING)
+test-others:
+	@$(PYTEST) -m "not full" $(addprefix --ignore ,$(COMPUTING) $(WAITING))
 
 test-full: lint .venv/server .venv/tensorrt
 	$(OFFLINE) $(BIN)/python -m pytest

@@ -37,6 +37,14 @@ def tensors(golden: Path) -> dict[str, torch.Tensor]:
     return load_file(golden / "unet_sd1" / "tensors.safetensors")
 
 
+@pytest.fixture(scope="session")
+def shallow(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base of the tests' one export."""
+    from exported import common, shallow_base
+
+    return shallow_base(golden, common(tmp_path_factory.getbasetemp()))
+
+
 @pytest.fixture
 def small(golden: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a suite of one video of noise, `dog`, beside it; keys may be given."""

@@ -41,9 +41,9 @@ def out(tmp_path_factory):
 
 @pytest.mark.skipif(bool(no_server()), reason=no_server() or "the server is here")
 @pytest.mark.parametrize("name", CLIPS)
-def test_real_clips(shared, out, capsys, name):
+def test_real_clips(shared, shallow, out, capsys, name):
     caption, edit = CLIPS[name]
-    model, clip = shared / "golden" / "reference_checkpoint" / "sd", shared / "clips" / f"{name}.mp4"
+    model, clip = shallow, shared / "clips" / f"{name}.mp4"
     own = ["--video", str(clip), "--prompt", caption, "--edit", edit, "--model", str(model), "--out", str(out)]
     assert cli.main(["demo", *own, *SMALL]) == 0, capsys.readouterr().err
     shown = video.read(out / "side-by-side.mp4").frames
@@ -84,13 +84,12 @@ def test_another_folders_files_are_kept(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2 and (tmp_path / "mine.txt").exists()
 
 
-def test_latency_times_only_right_engines(golden, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_latency_times_only_right_engines(golden, shallow, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import latency
     import presets
 
-    base = golden / "reference_checkpoint" / "sd"
-    ckpt = presets.untuned(base, tmp_path / "ckpt", frames=FRAMES, size=SIDE, steps=2)
+    ckpt = presets.untuned(shallow, tmp_path / "ckpt", frames=FRAMES, size=SIDE, steps=2)
     repository = export_once(golden, tmp_path_factory.getbasetemp()).repository  # with the graphs of that base and size
     config = latency.Latency(
         preset=str(ckpt), engines=("pytorch", "onnxruntime"), steps=2, calls=2, out=tmp_path / "latency.json"

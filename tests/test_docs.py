@@ -192,7 +192,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(golden, tmp_path_factory) -> Iterator[World]:
+def world(golden, shallow, tmp_path_factory) -> Iterator[World]:
     """The folder in which FIRST has run. Its base is there already, exported once for all tests."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(supervised.repository(golden, tmp_path_factory.getbasetemp()), folder / "serving/model_repository")
@@ -200,8 +200,7 @@ def world(golden, tmp_path_factory) -> Iterator[World]:
     video.write(folder / "man-skiing.mp4", random.integers(0, 256, (8, 96, 64, 3), dtype=np.uint8), 12)
     video.write(folder / "other.mp4", random.integers(0, 256, (9, 64, 128, 3), dtype=np.uint8), 10)
     ports = dict(zip(("grpc", "http", "metrics", "api"), map(str, free_ports(4)), strict=True))
-    model = str(golden / "reference_checkpoint" / "sd")
-    found = World(folder, {"model": model, "root": str(ROOT), **ports})
+    found = World(folder, {"model": str(shallow), "root": str(ROOT), **ports})
     try:
         found.shown = found.shell(BLOCKS[FIRST])
         yield found

@@ -33,9 +33,9 @@ MAPS = {one.name: maps_of(FRAMES, SIDE, SIDE, seed) for seed, one in enumerate(C
 
 
 @pytest.fixture(scope="module")
-def places(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    base, folder = golden / "reference_checkpoint" / "sd", tmp_path_factory.mktemp("networks")
-    return {"pose": write_controlnet(base, folder / "pose", 1), "depth": write_adapter(base, folder / "depth", 2)}
+def places(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("networks")
+    return {"pose": write_controlnet(shallow, folder / "pose", 1), "depth": write_adapter(shallow, folder / "depth", 2)}
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_commands_follow_maps(
 
 
 def test_networks_of_a_name_are_not_replaced(
-    golden: Path, exported: Exported, places: dict[str, Path], tmp_path: Path
+    shallow: Path, exported: Exported, places: dict[str, Path], tmp_path: Path
 ) -> None:
-    other = write_controlnet(golden / "reference_checkpoint" / "sd", tmp_path / "other", 7)
+    other = write_controlnet(shallow, tmp_path / "other", 7)
     with pytest.raises(InputError, match="has a controlnet_pose that is made of something else"):
         exporting.export(exported.checkpoint, exported.repository, name="second", controlnets={"pose": other})
     with pytest.raises(InputError, match="'pose' of another kind"):

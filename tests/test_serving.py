@@ -89,18 +89,17 @@ def triton_installed() -> None:
 
 
 @pytest.fixture(scope="session")
-def ckpt(golden, tmp_path_factory) -> Path:
-    """A checkpoint of random values on the golden base: 4 frames of 64×64."""
-    base = golden / "reference_checkpoint" / "sd"
-    sd = models.load(base)
+def ckpt(shallow, tmp_path_factory) -> Path:
+    """A checkpoint of random values on the tests' base: 4 frames of 64×64."""
+    sd = models.load(shallow)
     generator = torch.Generator().manual_seed(5)
     own = sd.unet.state_dict()
     names = clip_value_names(sd.unet, TrainConfig().trainable)
     values = {name: own[name] + 0.05 * torch.randn(own[name].shape, generator=generator) for name in names}
     source, inverted = torch.randn(2, 1, 4, 4, 8, 8, generator=generator)
     info = ClipInfo(
-        base=str(base),
-        base_hash=Base.at(base).hash,
+        base=str(shallow),
+        base_hash=Base.at(shallow).hash,
         prompt="a man is skiing",
         frames=4,
         height=64,
