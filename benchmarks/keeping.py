@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import tyro
 from common import Figure, header, machine
-from crossings import AROUND, DEMO, EDITS, Source, scores, sources, tuned
+from crossings import DEMO, EDITS, Source, background_psnr, exported, scores, sources
 from PIL import Image
 
 from tav_opt import command, editing
 from tav_opt.config import Keep
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
-from tav_opt.engines.pytorch import open_checkpoint
+from tav_opt.engines.registry import load
+from tav_opt.export.controlled import CONTROLLED
 from tav_opt.files import write_json
 from tav_opt.video import contact_sheet
 
 PSNR, TRACK = 32.0, 0.98
-MOST_DB = 100.0
-"""Of pictures that are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,8 @@ class Row:
     clip: str
     keep: Keep
     prompt: str
+    ceiling: float
+    """PSNR outside, in dB, of the source as the VAE gives it back, which no edit of its latents exceeds by much."""
     without: dict[str, float]
     kept: dict[str, float]
 
@@ -73,7 +74,8 @@ def main(config: Keeping) -> int:
 
 
 def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
-    engine = open_checkpoint(tuned(source, config.folder / source.name))
+    engine = load(exported(source, config.folder, further=[CONTROLLED]))
+    ceiling = background_psnr(engine.decode(engine.source_latents)[0], source)
     sheet, captions = [source.clip.frames], [source.caption]
     plain = replace(DEMO.edit_config(), steps=config.steps, inversion_steps=config.steps)
     for change in EDITS[source.name]:
@@ -85,27 +87,17 @@ def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
             began = time.perf_counter()
             frames = editing.edit(engine, settings)[0]
             seconds = time.perf_counter() - began
-            judged = scores(judge, frames, source, change) | {"psnr outside": psnr(frames, source)}
+            judged = scores(judge, frames, source, change) | {"psnr outside": background_psnr(frames, source)}
             found.append({name: float(value) for name, value in judged.items()} | {"seconds": seconds})
             sheet.append(frames)
             captions.append(f"{prompt}, keep {settings.keep}" if settings.keep else prompt)
         Image.fromarray(contact_sheet.contact_sheet(sheet, captions)).save(config.folder / f"keep-{source.name}.png")
-        yield Row(clip=source.name, keep=keep, prompt=prompt, without=found[0], kept=found[1])
-
-
-def psnr(frames: np.ndarray, source: Source) -> float:
-    """Of all pixels outside the square about the subject's middle that counts as the subject, in dB."""
-    _, height, width = source.clip.frames.shape[:3]
-    y, x = np.mgrid[:height, :width]
-    middle, side = source.track[:, :, None, None], AROUND * source.scale * height
-    outside = np.maximum(abs(x - middle[:, 0]), abs(y - middle[:, 1])) > side / 2
-    error = np.square(frames.astype(float) - source.clip.frames)[outside].mean()
-    return min(MOST_DB, float(10 * np.log10(255**2 / max(error, 1e-9))))
+        yield Row(clip=source.name, keep=keep, prompt=prompt, ceiling=ceiling, without=found[0], kept=found[1])
 
 
 def _line(row: Row) -> str:
     both = (f"{name} {row.without[name]:.3f} → {row.kept[name]:.3f}" for name in row.kept)
-    return f"{row.prompt} (keep {row.keep}): " + ", ".join(both)
+    return f"{row.prompt} (keep {row.keep}; the VAE {row.ceiling:.1f} dB): " + ", ".join(both)
 
 
 def _figures(keep: Keep, rows: list[Row]) -> list[Figure]:
