@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ HEAD = f"| option | edits | {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * len(COL
 class Option:
     """What an edit is told beside its prompt; `{old}` and `{new}` in a text are the words that differ."""
 
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Of EditConfig."""
     preset: str | None = None
     of: tuple[str, ...] = ("subject",)

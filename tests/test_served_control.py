@@ -29,9 +29,13 @@ KEPT = EditConfig(prompts=("a dog is skiing",), steps=3, guidance_scale=3.0, kee
 def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The first clip once more, on its base with the further graph."""
     found = export_once(golden, tmp_path_factory.getbasetemp())
-    arguments = [str(found.checkpoint), "--repository", str(found.repository), "--name", "first", "--attention-control"]
-    assert command.main(arguments) == 0
+    add_graph(found)
     return found
+
+
+def add_graph(exported: Exported) -> None:
+    told = [str(exported.checkpoint), "--repository", str(exported.repository), "--name", "first"]
+    assert command.main([*told, "--attention-control"]) == 0
 
 
 def opened(exported: Exported, engine: EngineName) -> ExportedEngine:
@@ -56,9 +60,16 @@ def test_engines_edit_as_eager_pytorch_does(exported: Exported, engine: EngineNa
 
 
 @pytest.fixture(scope="module")
-def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Of a base that got the graph while it was served, and its clip in use."""
+    bare = export_once(golden, tmp_path_factory.getbasetemp())
     cache = tmp_path_factory.mktemp("control") / "cache"
-    with serving(exported.repository, WorkerConfig(cache=cache, batch_requests=2)) as running:
+    with serving(bare.repository, WorkerConfig(cache=cache, batch_requests=2)) as running:
+        with Client(running.grpc_url) as client:
+            with pytest.raises(InputError, match="--attention-control"):
+                client.edit("first", KEPT)
+            add_graph(bare)
+            client.edit("first", KEPT)
         yield running
 
 
