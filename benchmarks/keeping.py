@@ -22,9 +22,9 @@ from tav_opt import command, editing
 from tav_opt.config import Keep
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
-from tav_opt.engines.registry import load
+from tav_opt.engines.registry import open_clip
 from tav_opt.export.controlled import CONTROLLED
-from tav_opt.files import write_json
+from tav_opt.files import read_json, write_json
 from tav_opt.video import contact_sheet
 
 PSNR, TRACK = 32.0, 0.98
@@ -35,6 +35,7 @@ class Keeping:
     """Edits the clips with and without what keeps their backgrounds and motion."""
 
     clips: tuple[str, ...] = tuple(EDITS)
+    """The rows of others stay as they were written."""
     steps: int = 20
     """DDIM steps of sampling and of inversion."""
     keep: tuple[Keep, ...] = ("background", "motion")
@@ -58,7 +59,7 @@ class Row:
 
 def main(config: Keeping) -> int:
     """Prints a row a prompt and the figures, keeps both and the sheets; returns the exit status."""
-    judge, rows = Judge.open(), list[Row]()
+    judge, rows = Judge.open(), _others(config)
     by_name = {source.name: source for source in sources()}
     for name in config.clips:
         for row in _edited(judge, by_name[name], config):
@@ -73,8 +74,15 @@ def main(config: Keeping) -> int:
     return int(not all(figure.met for figure in figures))
 
 
+def _others(config: Keeping) -> list[Row]:
+    """Of clips that are not asked for now, as they were written before."""
+    found = read_json(config.out)["rows"] if config.out.is_file() else []
+    return [Row(**row) for row in found if row["clip"] not in config.clips]
+
+
 def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
-    engine = load(exported(source, config.folder, further=[CONTROLLED]))
+    exported(source, config.folder, further=[CONTROLLED])
+    engine = open_clip(config.folder / "repository", source.name, threads=1)
     ceiling = background_psnr(engine.decode(engine.source_latents)[0], source)
     sheet, captions = [source.clip.frames], [source.caption]
     plain = replace(DEMO.edit_config(), steps=config.steps, inversion_steps=config.steps)
@@ -84,9 +92,9 @@ def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
             continue
         prompt, found = world.prompt(source.edited(change)), []
         for settings in (replace(plain, prompts=(prompt,)), replace(plain, prompts=(prompt,), keep=keep)):
-            began = time.perf_counter()
+            began = time.process_time()
             frames = editing.edit(engine, settings)[0]
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             judged = scores(judge, frames, source, change) | {"psnr outside": background_psnr(frames, source)}
             found.append({name: float(value) for name, value in judged.items()} | {"seconds": seconds})
             sheet.append(frames)

@@ -37,6 +37,8 @@ ASKED: dict[str, tuple[dict[str, str], ...]] = {
 }
 WIDE = Shape(height=180, width=320)
 """What a source is shown at that the clip is a part of."""
+KEPT_BY = {"motion": "style"}
+"""Edits that a `--keep` is for, where they do not change the subject."""
 COLUMNS = ("right frames", "track", "unrest around", "PSNR outside", "seconds", "times", "peak MiB", "more MiB")
 HEAD = f"| option | edits | {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * len(COLUMNS)}"
 
@@ -50,6 +52,7 @@ class Option:
     preset: str | None = None
     of: tuple[str, ...] = ("subject",)
     """What its edits change."""
+    clips: tuple[str, ...] = tuple(ASKED)
     masked: bool = False
     """A square about the subject alone may change."""
     rounds: int = 1
@@ -105,11 +108,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(settings={"replace_cross": 0.5, "source_prompt": "a picture of a {old}"}),
     Option(settings={"blend_words": ("{old}", "{new}")}),
     Option(settings={"word_weights": ("{new}:3",)}),
-    *(Option(settings={"keep": name}, of=("subject", "style")) for name in KEEP),
+    *(Option(settings={"keep": name}, of=(KEPT_BY.get(name, "subject"),)) for name in KEEP),
     Option(masked=True),
-    Option(rounds=2),
-    Option(rounds=4),
-    Option(rounds=4, at_once=3),
+    Option(rounds=2, clips=("leopard",)),
+    Option(rounds=2, clips=("leopard",), at_once=3),
     Option(size=WIDE),
     *(Option(preset=name) for name in PRESETS),
 )
@@ -125,6 +127,7 @@ class Edited:
     frames: np.ndarray
     """Of the clip's size, those of the first round."""
     seconds: float
+    """Of one core, which others of the machine do not lengthen."""
     mib: float
     """The process's peak."""
 
@@ -157,14 +160,14 @@ def edited(option: Option, folder: Path) -> list[Edited]:
     """In a process of its own: its edits of the exported clips."""
     found = []
     for source in sources():
-        for change in ASKED.get(source.name, ()):
+        for change in ASKED[source.name] if source.name in option.clips else ():
             if set(change) <= set(option.of):
                 found.append(_edited(option, source, change, folder))
     return found
 
 
 def _edited(option: Option, source: Source, change: dict[str, str], folder: Path) -> Edited:
-    engine = open_clip(folder / "repository", source.name)
+    engine = open_clip(folder / "repository", source.name, threads=1)
     config, there = option.config(source, change), source.clip.frames
     turns = [there, there[::-1]] * (option.rounds // 2)
     long = np.concatenate(turns) if turns else None
@@ -176,9 +179,9 @@ def _edited(option: Option, source: Source, change: dict[str, str], folder: Path
             restored(frames, option.size)
         return frames[: len(there)]
 
-    began = time.perf_counter()
+    began = time.process_time()
     mib, frames = peak_of(edit)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     prompt = config.prompts[0]
     return Edited(clip=source.name, change=change, prompt=prompt, frames=frames, seconds=seconds, mib=mib)
 

@@ -123,10 +123,18 @@ class Beside:
         predicted, looks = answer[:, :-1], answer[:, -1:]
         self._source.answered(number, predicted[:1])
         if self._blend:
-            words = torch.cat([looks[:1], looks[-1:]])
-            found = words if self._blend == "words" else self._changed(number, source.to(latents), latents, predicted)
+            if self._blend == "words":
+                found = torch.cat([looks[:1], looks[-1:]])
+            elif self._asks_for_the_source(text[-1:]):
+                found = torch.zeros_like(looks[:1])
+            else:
+                found = self._changed(number, source.to(latents), latents, predicted)
             self._looks = found if self._looks is None else self._looks + found
         return predicted[1:]
+
+    def _asks_for_the_source(self, text: Tensor) -> bool:
+        """Whether an edit's text (1, tokens, width) is the source's own, so that guidance alone tells them apart."""
+        return torch.equal(text, self._words.source_text.to(text)) and bool((self._words.weights == 1).all())
 
     def _changed(self, number: int, source: Tensor, latents: Tensor, predicted: Tensor) -> Tensor:
         """How far apart the clean latents are that the network predicts of source and edit, of a step (1,1,f,h,w)."""
