@@ -39,7 +39,7 @@ WIDE = Shape(height=180, width=320)
 """What a source is shown at that the clip is a part of."""
 KEPT_BY = {"motion": "style"}
 """Edits that a `--keep` is for, where they do not change the subject."""
-COLUMNS = ("right frames", "track", "unrest around", "PSNR outside", "seconds", "times", "peak MiB", "more MiB")
+COLUMNS = ("right frames", "track", "unrest around", "PSNR outside", "seconds", "peak MiB")
 HEAD = f"| option | edits | {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * len(COLUMNS)}"
 
 
@@ -195,14 +195,22 @@ def _judged(judge: Judge, one: Edited, source: Source) -> dict[str, Any]:
 
 
 def _row(option: Option, edits: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, and how much more than the same edits without any option they take."""
-    same = [one for one in plain if one["edit"] in [other["edit"] for other in edits]]
-    mean = {name: float(np.mean([one[name] for one in edits])) for name in edits[0] if name not in ("edit", "changes")}
-    before = {name: float(np.mean([one[name] for one in same])) for name in ("seconds", "peak MiB")}
-    costs = {"times": mean["seconds"] / before["seconds"], "more MiB": mean["peak MiB"] - before["peak MiB"]}
-    return {"option": option.name, "of": list(option.of)} | mean | costs | {"edits": edits}
+    """The means of an option's edits, and of the same edits without any."""
+    asked = [one["edit"] for one in edits]
+    return {
+        "option": option.name,
+        "of": list(option.of),
+        "mean": _mean(edits),
+        "without": _mean([one for one in plain if one["edit"] in asked]),
+        "edits": edits,
+    }
+
+
+def _mean(edits: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in edits])) for name in COLUMNS}
 
 
 def line(row: dict[str, Any]) -> str:
-    """Of the table."""
-    return f"| `{row['option']}` | {', '.join(row['of'])} | {' | '.join(f'{row[name]:.3g}' for name in COLUMNS)} |"
+    """Of the table: without the option, and with it."""
+    both = (f"{row['without'][name]:.3g} → {row['mean'][name]:.3g}" for name in COLUMNS)
+    return f"| `{row['option']}` | {', '.join(row['of'])} | {' | '.join(both)} |"
