@@ -75,9 +75,9 @@ def main(config: Keeping) -> int:
 
 
 def _others(config: Keeping) -> list[Row]:
-    """Of clips that are not asked for now, as they were written before."""
+    """Those that are not asked for now, as they were written before."""
     found = read_json(config.out)["rows"] if config.out.is_file() else []
-    return [Row(**row) for row in found if row["clip"] not in config.clips]
+    return [Row(**row) for row in found if row["clip"] not in config.clips or row["keep"] not in config.keep]
 
 
 def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:

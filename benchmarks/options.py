@@ -24,14 +24,13 @@ from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.engines.registry import open_clip
 from tav_opt.export.controlled import CONTROLLED
-from tav_opt.files import write_json
+from tav_opt.files import read_json, write_json
 from tav_opt.video import contact_sheet
 from tav_opt.video.restoring import Shape, restored
 
 STEPS = 20
 """Of sampling and inversion, but for the presets, which have their own and the inversion that is kept."""
 ASKED: dict[str, tuple[dict[str, str], ...]] = {
-    "leopard": ({"subject": "elephant"},),
     "rabbit": ({"subject": "cat"},),
     "horse": ({"style": "grey"},),
 }
@@ -52,7 +51,6 @@ class Option:
     preset: str | None = None
     of: tuple[str, ...] = ("subject",)
     """What its edits change."""
-    clips: tuple[str, ...] = tuple(ASKED)
     masked: bool = False
     """A square about the subject alone may change."""
     rounds: int = 1
@@ -110,8 +108,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(settings={"word_weights": ("{new}:3",)}),
     *(Option(settings={"keep": name}, of=(KEPT_BY.get(name, "subject"),)) for name in KEEP),
     Option(masked=True),
-    Option(rounds=2, clips=("leopard",)),
-    Option(rounds=2, clips=("leopard",), at_once=3),
+    Option(rounds=2),
+    Option(rounds=2, at_once=3),
     Option(size=WIDE),
     *(Option(preset=name) for name in PRESETS),
 )
@@ -133,25 +131,27 @@ class Edited:
 
 
 def measured(judge: Judge, folder: Path, out: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row an option, printed and written as they come; the pictures of each clip lie in the folder.
+    """A row an option, printed and written as they come; a picture of each edit lies in the folder.
 
-    `run` says what was run and where, at the head of what is written.
+    Rows that were written before stay. `run` says what was run and where, at the head of what is written.
     """
-    by_name, rows = {source.name: source for source in sources() if source.name in ASKED}, list[dict[str, Any]]()
-    sheets = {name: ([source.clip.frames], [source.caption]) for name, source in by_name.items()}
-    for source in by_name.values():
-        exported(source, folder, further=[CONTROLLED])
+    by_name = {source.name: source for source in sources() if source.name in ASKED}
+    before = {row["option"]: row for row in read_json(out)["rows"]} if out.is_file() else {}
+    rows = list[dict[str, Any]]()
+    for name in by_name if len(before) < len(OPTIONS) else ():
+        exported(by_name[name], folder, further=[CONTROLLED])
     print(f"\n### options\n\n{HEAD}", flush=True)
     for option in OPTIONS:
-        found = apart(partial(edited, option, folder))
-        judged = [_judged(judge, one, by_name[one.clip]) for one in found]
-        for one in found:
-            clips, captions = sheets[one.clip]
-            clips.append(one.frames)
-            captions.append(f"{option.name}: {one.prompt}")
-            Image.fromarray(contact_sheet.contact_sheet(clips, captions)).save(folder / f"options-{one.clip}.png")
-        rows.append(_row(option, judged, rows[0]["edits"] if rows else judged))
-        print(line(rows[-1]), flush=True)
+        row = before.get(option.name)
+        if row is None:
+            found = apart(partial(edited, option, folder))
+            judged = [_judged(judge, one, by_name[one.clip]) for one in found]
+            row = _row(option, judged, rows[0]["edits"] if rows else judged)
+            for one in found:
+                shown = contact_sheet.contact_sheet([one.frames], [f"{option.name}: {one.prompt}"], 4)
+                Image.fromarray(shown).save(folder / f"option-{len(rows):02}-{one.clip}.png")
+        rows.append(row)
+        print(line(row), flush=True)
         write_json(out, {**run, "steps": STEPS, "rows": rows})
     return rows
 
@@ -160,7 +160,7 @@ def edited(option: Option, folder: Path) -> list[Edited]:
     """In a process of its own: its edits of the exported clips."""
     found = []
     for source in sources():
-        for change in ASKED[source.name] if source.name in option.clips else ():
+        for change in ASKED.get(source.name, ()):
             if set(change) <= set(option.of):
                 found.append(_edited(option, source, change, folder))
     return found
