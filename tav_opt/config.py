@@ -9,14 +9,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from tav_opt.settings import Config, InputError, Within, documented, texts
-from tav_opt.settings import check_numbers as check_numbers  # what has settings of its own takes all of this from here
-from tav_opt.settings import check_text as check_text
-from tav_opt.settings import described as described
-from tav_opt.settings import first_line as first_line
-from tav_opt.settings import literal_weights as literal_weights
-from tav_opt.settings import ranges as ranges
-from tav_opt.settings import with_absolute_paths as with_absolute_paths
+from tav_opt.config_base import Config, InputError, Within, documented, texts
+from tav_opt.config_base import (
+    check_numbers as check_numbers,
+)  # what has settings of its own takes all of this from here
+from tav_opt.config_base import check_text as check_text
+from tav_opt.config_base import described as described
+from tav_opt.config_base import first_line as first_line
+from tav_opt.config_base import literal_weights as literal_weights
+from tav_opt.config_base import ranges as ranges
+from tav_opt.config_base import with_absolute_paths as with_absolute_paths
 
 PathLike = str | os.PathLike[str]
 """What every public function takes for a path."""

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("settings",),
+    ("config_base",),
     ("config",),
     ("files", "command", "progress", "reference", "loopback", "device", "schemas", "served_tensors"),
     ("clip_info",),

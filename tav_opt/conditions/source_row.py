@@ -86,6 +86,8 @@ class Words:
     """(tokens,): 1 at the source's words that may change, 0 elsewhere."""
     edit_blend: Tensor
     """(tokens,): the same of the edit's."""
+    same: bool = False
+    """The edit's are the source's own, and none has a weight: guidance alone tells the two apart."""
 
 
 class Beside:
@@ -125,16 +127,12 @@ class Beside:
         if self._blend:
             if self._blend == "words":
                 found = torch.cat([looks[:1], looks[-1:]])
-            elif self._asks_for_the_source(text[-1:]):
+            elif self._words.same:
                 found = torch.zeros_like(looks[:1])
             else:
                 found = self._changed(number, source.to(latents), latents, predicted)
             self._looks = found if self._looks is None else self._looks + found
         return predicted[1:]
-
-    def _asks_for_the_source(self, text: Tensor) -> bool:
-        """Whether an edit's text (1, tokens, width) is the source's own, so that guidance alone tells them apart."""
-        return torch.equal(text, self._words.source_text.to(text)) and bool((self._words.weights == 1).all())
 
     def _changed(self, number: int, source: Tensor, latents: Tensor, predicted: Tensor) -> Tensor:
         """How far apart the clean latents are that the network predicts of source and edit, of a step (1,1,f,h,w)."""
