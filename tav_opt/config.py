@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from tav_opt.config_base import Config, InputError, Within, documented, texts
-from tav_opt.config_base import (
-    check_numbers as check_numbers,
-)  # what has settings of its own takes all of this from here
+
+# Whoever has settings takes these from here too.
+from tav_opt.config_base import check_numbers as check_numbers
 from tav_opt.config_base import check_text as check_text
 from tav_opt.config_base import described as described
 from tav_opt.config_base import first_line as first_line
