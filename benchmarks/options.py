@@ -138,7 +138,7 @@ def measured(judge: Judge, folder: Path, out: Path, run: Mapping[str, Any]) -> l
     by_name = {source.name: source for source in sources() if source.name in ASKED}
     before = {row["option"]: row for row in read_json(out)["rows"]} if out.is_file() else {}
     rows = list[dict[str, Any]]()
-    for name in by_name if len(before) < len(OPTIONS) else ():
+    for name in () if before else by_name:
         exported(by_name[name], folder, further=[CONTROLLED])
     print(f"\n### options\n\n{HEAD}", flush=True)
     for option in OPTIONS:
