@@ -7,7 +7,7 @@ its own, by the best engine there is, so that its peak of memory is its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -130,10 +130,12 @@ class Edited:
     """The process's peak."""
 
 
-def measured(judge: Judge, folder: Path, out: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+def measured(
+    judge: Judge, folder: Path, out: Path, run: Mapping[str, Any], only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """A row an option, printed and written as they come; a picture of each edit lies in the folder.
 
-    Rows that were written before stay. `run` says what was run and where, at the head of what is written.
+    Rows that were written before stay, and `only` those that are named so, and the first, are measured where any are. `run` says what was run and where, at the head of what is written.
     """
     by_name = {source.name: source for source in sources() if source.name in ASKED}
     before = {row["option"]: row for row in read_json(out)["rows"]} if out.is_file() else {}
@@ -143,13 +145,15 @@ def measured(judge: Judge, folder: Path, out: Path, run: Mapping[str, Any]) -> l
     print(f"\n### options\n\n{HEAD}", flush=True)
     for option in OPTIONS:
         row = before.get(option.name)
+        if row is None and rows and only and option.name not in only:
+            continue
         if row is None:
             found = apart(partial(edited, option, folder))
             judged = [_judged(judge, one, by_name[one.clip]) for one in found]
             row = _row(option, judged, rows[0]["edits"] if rows else judged)
             for one in found:
                 shown = contact_sheet.contact_sheet([one.frames], [f"{option.name}: {one.prompt}"], 4)
-                Image.fromarray(shown).save(folder / f"option-{len(rows):02}-{one.clip}.png")
+                Image.fromarray(shown).save(folder / f"option-{OPTIONS.index(option):02}-{one.clip}.png")
         rows.append(row)
         print(line(row), flush=True)
         write_json(out, {**run, "steps": STEPS, "rows": rows})

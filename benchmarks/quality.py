@@ -59,7 +59,9 @@ class Quality:
     """Tuned clips and sheets."""
     out: Path = Path("benchmarks/results/quality.json")
     options_out: Path = Path("benchmarks/results/options.json")
-    """The options' table."""
+    """The options' table; what stands there is not measured anew."""
+    only: tuple[str, ...] = ()
+    """Options to measure, as the table names them; none: all."""
 
 
 def main(config: Quality) -> int:
@@ -216,7 +218,10 @@ def _no_less(name: str, part: str, column: str, given: dict[str, Any], plain: di
 def judge_options(judge: Judge, config: Quality) -> list[Figure]:
     """Every option beside an edit without any, a table of their own; what some of them are for, as figures."""
     run = {"command": " ".join(sys.argv), "machine": machine()}
-    rows = {row["option"]: row for row in options.measured(judge, config.folder, config.options_out, run)}
+    found = options.measured(judge, config.folder, config.options_out, run, config.only)
+    rows = {row["option"]: row for row in found}
+    if not {"--keep background", "--keep motion"} <= rows.keys():
+        return []
     plain, background, motion = (rows[name] for name in ("none", "--keep background", "--keep motion"))
     return [
         _no_less("--keep background: dB outside the subject", "subject", "PSNR outside", background, plain),
