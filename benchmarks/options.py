@@ -135,7 +135,8 @@ def measured(
 ) -> list[dict[str, Any]]:
     """A row an option, printed and written as they come; a picture of each edit lies in the folder.
 
-    Rows that were written before stay, and `only` those that are named so, and the first, are measured where any are. `run` says what was run and where, at the head of what is written.
+    Rows that were written before stay; where names are given, `only` those and the first are measured. `run` says what
+    was run and where, at the head of what is written.
     """
     by_name = {source.name: source for source in sources() if source.name in ASKED}
     before = {row["option"]: row for row in read_json(out)["rows"]} if out.is_file() else {}
