@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,9 @@ KEPT = EditConfig(prompts=("a dog is skiing",), steps=3, guidance_scale=3.0, kee
 def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The first clip once more, on its base with the further graph."""
     found = export_once(golden, tmp_path_factory.getbasetemp())
-    add_graph(found)
+    arguments = [str(found.checkpoint), "--repository", str(found.repository), "--name", "first", "--attention-control"]
+    assert command.main(arguments) == 0
     return found
-
-
-def add_graph(exported: Exported) -> None:
-    told = [str(exported.checkpoint), "--repository", str(exported.repository), "--name", "first"]
-    assert command.main([*told, "--attention-control"]) == 0
 
 
 def opened(exported: Exported, engine: EngineName) -> ExportedEngine:
@@ -60,15 +57,17 @@ def test_engines_edit_as_eager_pytorch_does(exported: Exported, engine: EngineNa
 
 
 @pytest.fixture(scope="module")
-def server(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Of a base that got the graph while it was served, and its clip in use."""
+def server(exported: Exported, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Of a base that got the graph while it was served, as an export adds it: the graph first, its manifest last."""
     bare = export_once(golden, tmp_path_factory.getbasetemp())
     cache = tmp_path_factory.mktemp("control") / "cache"
     with serving(bare.repository, WorkerConfig(cache=cache, batch_requests=2)) as running:
         with Client(running.grpc_url) as client:
             with pytest.raises(InputError, match="--attention-control"):
                 client.edit("first", KEPT)
-            add_graph(bare)
+            shutil.copy(exported.base / "unet_controlled.onnx", bare.base)
+            shutil.copy(exported.base / "manifest.json", bare.base / "manifest.new")
+            (bare.base / "manifest.new").replace(bare.base / "manifest.json")
             client.edit("first", KEPT)
         yield running
 
