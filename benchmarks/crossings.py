@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.judge import Judge, frame_difference, outside, track_correlation
 from tav_opt.demo.places import PLACES
 from tav_opt.demo.run import DemoConfig
+from tav_opt.export.exporting import export
 from tav_opt.files import read_json
 from tav_opt.metrics.clip_scores import frame_consistency, textual_alignment
 
@@ -22,6 +24,9 @@ PACKAGE = Path(models.__file__).parent / "demo"
 DEMO = DemoConfig()
 AROUND = 1.25
 """Side of the square about the subject's middle that counts as the subject, over the subject's longest side."""
+
+MOST_DB = 100.0
+"""Of pictures that are equal."""
 
 EDITS: dict[str, tuple[dict[str, str], ...]] = {
     "leopard": (
@@ -79,6 +84,14 @@ class Source:
         shape = self.clip.frames.shape[1:3]
         return outside(self.track, AROUND * self.scale * shape[0], shape)
 
+    @property
+    def beyond(self) -> np.ndarray:
+        """Pixels (f, H, W) outside the square about the subject's middle that counts as the subject."""
+        _, height, width = self.clip.frames.shape[:3]
+        y, x = np.mgrid[:height, :width]
+        middle, side = self.track[:, :, None, None], AROUND * self.scale * height
+        return np.maximum(abs(x - middle[:, 0]), abs(y - middle[:, 1])) > side / 2
+
     def edited(self, change: dict[str, str]) -> world.Scene:
         """The scene that an edit shall show."""
         parts = {"subject": self.scene.subject, "place": self.scene.place, "style": self.scene.style}
@@ -104,6 +117,17 @@ def tuned(source: Source, folder: Path, **settings: float) -> Path:
     if not checkpoint.is_checkpoint(folder):
         tuning.tune(str(PACKAGE / "model"), source.clip, source.caption, replace(DEMO.train, **settings), folder)
     return folder
+
+
+def exported(source: Source, folder: Path, **settings: Any) -> Path:
+    """The clip in the folder's repository, tuned unless it is there already; settings are `export`'s."""
+    return export(tuned(source, folder / source.name), folder / "repository", name=source.name, **settings)
+
+
+def background_psnr(frames: np.ndarray, source: Source) -> float:
+    """Of all pixels beyond the subject, in dB."""
+    error = np.square(frames.astype(float) - source.clip.frames)[source.beyond].mean()
+    return min(MOST_DB, float(10 * np.log10(255**2 / max(error, 1e-9))))
 
 
 def right_frames(judge: Judge, frames: np.ndarray, source: Source, change: dict[str, str]) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from common import header, machine
-from crossings import DEMO, EDITS, Source, scores, sources, tuned
+from crossings import DEMO, EDITS, Source, exported, scores, sources
 
 from tav_opt import command, editing
 from tav_opt.config import PRESETS, EditConfig, SolverName
@@ -26,7 +26,6 @@ from tav_opt.demo.judge import Judge
 from tav_opt.demo.vae import psnr
 from tav_opt.engines.exported import ExportedEngine
 from tav_opt.engines.registry import load
-from tav_opt.export.exporting import export
 from tav_opt.files import write_json
 
 HELD_OUT: dict[str, tuple[dict[str, str], ...]] = {
@@ -78,8 +77,7 @@ def main(config: Frontier) -> int:
 
 def _engine(source: Source, folder: Path) -> ExportedEngine:
     """The best engine there is here, of the clip as the demo tunes and exports it."""
-    tuned(source, folder / source.name)
-    engine = load(export(folder / source.name, folder / "repository", name=source.name))
+    engine = load(exported(source, folder))
     assert isinstance(engine, ExportedEngine)
     return engine
 

@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import tyro
 from common import Figure, header, machine
-from crossings import AROUND, DEMO, EDITS, Source, scores, sources, tuned
+from crossings import DEMO, EDITS, Source, background_psnr, exported, scores, sources
 from PIL import Image
 
 from tav_opt import command, editing
 from tav_opt.config import Keep
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
-from tav_opt.engines.pytorch import open_checkpoint
-from tav_opt.files import write_json
+from tav_opt.engines.registry import open_clip
+from tav_opt.export.controlled import CONTROLLED
+from tav_opt.files import read_json, write_json
 from tav_opt.video import contact_sheet
 
 PSNR, TRACK = 32.0, 0.98
-MOST_DB = 100.0
-"""Of pictures that are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,7 @@ class Keeping:
     """Edits the clips with and without what keeps their backgrounds and motion."""
 
     clips: tuple[str, ...] = tuple(EDITS)
+    """The rows of others stay as they were written."""
     steps: int = 20
     """DDIM steps of sampling and of inversion."""
     keep: tuple[Keep, ...] = ("background", "motion")
@@ -51,13 +51,15 @@ class Row:
     clip: str
     keep: Keep
     prompt: str
+    ceiling: float
+    """PSNR outside, in dB, of the source as the VAE gives it back, which no edit of its latents exceeds by much."""
     without: dict[str, float]
     kept: dict[str, float]
 
 
 def main(config: Keeping) -> int:
     """Prints a row a prompt and the figures, keeps both and the sheets; returns the exit status."""
-    judge, rows = Judge.open(), list[Row]()
+    judge, rows = Judge.open(), _others(config)
     by_name = {source.name: source for source in sources()}
     for name in config.clips:
         for row in _edited(judge, by_name[name], config):
@@ -72,8 +74,16 @@ def main(config: Keeping) -> int:
     return int(not all(figure.met for figure in figures))
 
 
+def _others(config: Keeping) -> list[Row]:
+    """Those that are not asked for now, as they were written before."""
+    found = read_json(config.out)["rows"] if config.out.is_file() else []
+    return [Row(**row) for row in found if row["clip"] not in config.clips or row["keep"] not in config.keep]
+
+
 def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
-    engine = open_checkpoint(tuned(source, config.folder / source.name))
+    exported(source, config.folder, further=[CONTROLLED])
+    engine = open_clip(config.folder / "repository", source.name, threads=1)
+    ceiling = background_psnr(engine.decode(engine.source_latents)[0], source)
     sheet, captions = [source.clip.frames], [source.caption]
     plain = replace(DEMO.edit_config(), steps=config.steps, inversion_steps=config.steps)
     for change in EDITS[source.name]:
@@ -82,30 +92,20 @@ def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
             continue
         prompt, found = world.prompt(source.edited(change)), []
         for settings in (replace(plain, prompts=(prompt,)), replace(plain, prompts=(prompt,), keep=keep)):
-            began = time.perf_counter()
+            began = time.process_time()
             frames = editing.edit(engine, settings)[0]
-            seconds = time.perf_counter() - began
-            judged = scores(judge, frames, source, change) | {"psnr outside": psnr(frames, source)}
+            seconds = time.process_time() - began
+            judged = scores(judge, frames, source, change) | {"psnr outside": background_psnr(frames, source)}
             found.append({name: float(value) for name, value in judged.items()} | {"seconds": seconds})
             sheet.append(frames)
             captions.append(f"{prompt}, keep {settings.keep}" if settings.keep else prompt)
         Image.fromarray(contact_sheet.contact_sheet(sheet, captions)).save(config.folder / f"keep-{source.name}.png")
-        yield Row(clip=source.name, keep=keep, prompt=prompt, without=found[0], kept=found[1])
-
-
-def psnr(frames: np.ndarray, source: Source) -> float:
-    """Of all pixels outside the square about the subject's middle that counts as the subject, in dB."""
-    _, height, width = source.clip.frames.shape[:3]
-    y, x = np.mgrid[:height, :width]
-    middle, side = source.track[:, :, None, None], AROUND * source.scale * height
-    outside = np.maximum(abs(x - middle[:, 0]), abs(y - middle[:, 1])) > side / 2
-    error = np.square(frames.astype(float) - source.clip.frames)[outside].mean()
-    return min(MOST_DB, float(10 * np.log10(255**2 / max(error, 1e-9))))
+        yield Row(clip=source.name, keep=keep, prompt=prompt, ceiling=ceiling, without=found[0], kept=found[1])
 
 
 def _line(row: Row) -> str:
     both = (f"{name} {row.without[name]:.3f} → {row.kept[name]:.3f}" for name in row.kept)
-    return f"{row.prompt} (keep {row.keep}): " + ", ".join(both)
+    return f"{row.prompt} (keep {row.keep}; the VAE {row.ceiling:.1f} dB): " + ", ".join(both)
 
 
 def _figures(keep: Keep, rows: list[Row]) -> list[Figure]:

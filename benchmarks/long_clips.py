@@ -6,7 +6,6 @@ beside nothing else, and edits it and its first 24 frames by the same graphs.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from common import apart, header, machine
+from common import apart, header, machine, peak_of
 
 from tav_opt import checkpoint, command, editing, tuning, video, windows
 from tav_opt.config import EditConfig
@@ -106,13 +105,9 @@ def told(stage: str, step: int, steps: int, loss: float) -> None:
 def edited(config: LongClips, prompt: str, frames: np.ndarray) -> tuple[float, np.ndarray]:
     """In a process of its own: the peak of all its memory in MiB, and the edit's frames."""
     engine = open_clip(config.folder / "repository", NAME)
-    Path("/proc/self/clear_refs").write_text("5")  # of what opening took
     edit = replace(DemoConfig(ddim_steps=config.steps).edit_config(prompt), prompts=(prompt,))
     assert isinstance(edit, EditConfig)
-    found = editing.edit(engine, edit, frames=frames)[0]
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak, "Linux only"
-    return int(peak[1]) / 1024, found
+    return peak_of(lambda: editing.edit(engine, edit, frames=frames)[0])
 
 
 def figures(judge: Judge, edit: np.ndarray, frames: np.ndarray, track: np.ndarray) -> dict[str, float]:

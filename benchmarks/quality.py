@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import options
 import torch
 import tyro
 from common import Figure, header, machine
@@ -38,14 +39,14 @@ SEED = 71
 BATCH = 20
 TUNING_SECONDS = 90
 
-Part = Literal["judge", "images", "videos"]
+Part = Literal["judge", "images", "videos", "options"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Judges the judge, pictures from text, and edits of the package's clips."""
+    """Judges the judge, pictures from text, edits of the package's clips, and what every option does."""
 
-    parts: tuple[Part, ...] = ("judge", "images", "videos")
+    parts: tuple[Part, ...] = get_args(Part)
     composites: int = 1000
     prompts: int = 200
     seeds: int = 4
@@ -57,13 +58,17 @@ class Quality:
     folder: Path = Path("demo-out/quality")
     """Tuned clips and sheets."""
     out: Path = Path("benchmarks/results/quality.json")
+    options_out: Path = Path("benchmarks/results/options.json")
+    """The options' table; what stands there is not measured anew."""
+    only: tuple[str, ...] = ()
+    """Options to measure, as the table names them; none: all."""
 
 
 def main(config: Quality) -> int:
     """Prints a table a part, keeps figures and sheets; returns the exit status."""
     config.folder.mkdir(parents=True, exist_ok=True)
     judge, figures = Judge.open(), dict[str, list[Figure]]()
-    run = {"judge": judge_the_judge, "images": judge_images, "videos": judge_videos}
+    run = {"judge": judge_the_judge, "images": judge_images, "videos": judge_videos, "options": judge_options}
     for part in config.parts:
         figures[part] = run[part](judge, config)
         print(f"\n### {part}\n\n| figure | measured | goal | met |\n|---|---:|---|---|")
@@ -199,6 +204,30 @@ def judge_videos(judge: Judge, config: Quality) -> list[Figure]:
         longest = max(seconds)
         figures.append(Figure(name="tuning", value=longest, unit="s", goal="≤ 90 s", met=longest <= TUNING_SECONDS))
     return figures
+
+
+def _no_less(name: str, part: str, column: str, given: dict[str, Any], plain: dict[str, Any]) -> Figure:
+    """An option's column, of the edits that change that part, beside the same edits without it."""
+    asked = {one["edit"] for one in given["edits"] if one["changes"] == part}
+    value, least = (
+        float(np.mean([one[column] for one in row["edits"] if one["edit"] in asked])) for row in (given, plain)
+    )
+    return Figure(name=name, value=value, unit="", goal=f"≥ {least:.3g}", met=value >= least)
+
+
+def judge_options(judge: Judge, config: Quality) -> list[Figure]:
+    """Every option beside an edit without any, a table of their own; what some of them are for, as figures."""
+    run = {"command": " ".join(sys.argv), "machine": machine()}
+    found = options.measured(judge, config.folder, config.options_out, run, config.only)
+    rows = {row["option"]: row for row in found}
+    if not {"--keep background", "--keep motion"} <= rows.keys():
+        return []
+    plain, background, motion = (rows[name] for name in ("none", "--keep background", "--keep motion"))
+    return [
+        _no_less("--keep background: dB outside the subject", "subject", "PSNR outside", background, plain),
+        _no_less("--keep background: right frames", "subject", "right frames", background, plain),
+        _no_less("--keep motion: track", "style", "track", motion, plain),
+    ]
 
 
 if __name__ == "__main__":

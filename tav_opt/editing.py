@@ -202,12 +202,14 @@ def _beside(
     tokens, filled = source_text.shape[1], config.filled()
     known, edit = (Prompt.of(engine.tokenizer, text, tokens) for text in (_source_prompt(engine, config), prompt))
     before, after = token_map.blend_words(known, edit, config.blend_words)
+    weights = token_map.word_weights(edit, config.word_weights)
     words = Words(
         source_text=source_text,
         token_map=token_map.token_map(known, edit),
-        weights=token_map.word_weights(edit, config.word_weights),
+        weights=weights,
         source_blend=before,
         edit_blend=after,
+        same=known.words == edit.words and bool((weights == 1).all()),
     )
     source = Kept(start) if filled.direct_inversion else Sampled(start, engine.schedule, config.steps)
     shares = {"replace_cross": filled.replace_cross or 0.0, "replace_self": filled.replace_self or 0.0}

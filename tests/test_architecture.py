@@ -13,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
+    ("config_base",),
     ("config",),
-    ("files", "command", "progress", "reference", "loopback", "device", "schemas"),
+    ("files", "command", "progress", "reference", "loopback", "device", "schemas", "served_tensors"),
+    ("clip_info",),
     ("contract", "video", "ddim", "kernels", "base", "plots"),
     ("clip_folder",),
     ("attention", "checkpoint", "conditions", "repository", "solvers", "inversion", "blending"),

@@ -8,7 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from tav_opt import video
+from tav_opt import cli, video
+from tav_opt.engines.pytorch import open_checkpoint
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 120, 40)]
 COLOURS += [(30, 160, 220)]
@@ -35,7 +36,7 @@ def planes(rgb: np.ndarray, matrix: str, colour_range: int) -> list[np.ndarray]:
     return [np.rint(plane.clip(0, 255)).astype(np.uint8) for plane in scaled]
 
 
-def encoded(given: list[np.ndarray], matrix: str, colour_range: int, form: str) -> bytes:
+def encoded(given: list[np.ndarray], matrix: str, colour_range: int, form: str, count: int = 1) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "0"})
@@ -48,7 +49,8 @@ def encoded(given: list[np.ndarray], matrix: str, colour_range: int, form: str) 
             step = given[0].shape[0] // plane.height
             rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
             rows[:, : plane.width] = values[::step, ::step]
-        container.mux(stream.encode(frame))
+        for frame.pts in range(count):
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -88,3 +90,21 @@ def test_a_full_range_source_goes_through_unchanged():
     again = video.decode(video.encode_mp4(read, 8)).frames
     middles = (slice(None), *(slice(PATCH // 2, None, PATCH),) * 2)
     assert np.abs(again[middles].astype(int) - rgb[None][middles]).max() <= 6
+
+
+@pytest.mark.full
+def test_the_commands_take_full_range_for_what_it_is_and_write_what_players_expect(golden, tmp_path):
+    """The same pictures in either range are the same source, whose edit is limited BT.709."""
+    base, clips = golden / "reference_checkpoint" / "sd", []
+    for name, matrix, colour_range in (("full", "BT.601", FULL), ("limited", "BT.709", LIMITED)):
+        file, out = tmp_path / f"{name}.mp4", tmp_path / name
+        file.write_bytes(encoded(planes(patches(), matrix, colour_range), matrix, colour_range, "yuv444p", count=2))
+        asked = f"tune --model {base} --video {file} --prompt x --frames 2 --stride 1 --height 64 --width 64 --steps 1"
+        assert cli.main([*asked.split(), "--inversion-steps", "2", "--device", "cpu", "--out", str(out)]) == 0
+        clips.append(open_checkpoint(out).source_latents)
+    assert (clips[0] - clips[1]).abs().mean() < 0.02 * clips[1].std()
+    asked = f"edit {tmp_path / 'full'} --prompt x --steps 2 --device cpu --out {tmp_path / 'edit.mp4'}"
+    assert cli.main(asked.split()) == 0
+    with av.open(tmp_path / "edit.mp4") as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (1, LIMITED)

@@ -176,6 +176,15 @@ def test_shares_of_nothing_are_the_plain_edit(engine):
     assert off.filled().direct_inversion and not off.controlled
 
 
+def test_the_sources_own_prompt_gives_the_source_back_whatever_the_guidance(engine):
+    """Direct inversion's reconstruction: bit for bit what the VAE makes of the source."""
+    same = config(prompts=(engine.info.prompt,), guidance_scale=7.5)
+    kept, expected = replace(same, keep="background"), engine.decode(engine.source_latents)
+    assert np.array_equal(editing.edit(engine, kept), expected)
+    for other in (same, replace(kept, word_weights=("panda:2",)), replace(kept, source_prompt="a dog is skiing")):
+        assert not np.array_equal(editing.edit(engine, other), expected)
+
+
 @pytest.mark.parametrize("settings", [{"keep": "motion"}, {"replace_self": 0.7}, {"word_weights": ("dog:9",)}])
 def test_each_setting_changes_the_edit(engine, settings):
     plain = editing.edit(engine, config())

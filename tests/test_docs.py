@@ -306,6 +306,11 @@ def kept(world: World) -> None:
         assert frames_of(world.folder / name) == (FRAMES, SIDE, SIDE, 3)
 
 
+def kept_by_hand(world: World) -> None:
+    world.shell(BLOCKS["attention-control.md: What the two are made of, sh 1"])
+    assert frames_of(world.folder / "by-hand.mp4") == (FRAMES, SIDE, SIDE, 3)
+
+
 def told(world: World) -> None:
     """The checkpoint, and the edit that FIRST made last."""
     shown = world.shell(BLOCKS["sharing.md: Sharing a clip, sh 1"])
@@ -497,6 +502,7 @@ CHECKS = {
     "metrics.md: Metrics, python 2": measured_in_python,
     "page.md: The page, sh 1": nothing("page.md: The page, sh 1"),
     "attention-control.md: What an edit keeps, sh 1": kept,
+    "attention-control.md: What the two are made of, sh 1": kept_by_hand,
     "attention-control.md: What an edit keeps, python 1": edited(
         "attention-control.md: What an edit keeps, python 1", "frames"
     ),

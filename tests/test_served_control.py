@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,9 +57,18 @@ def test_engines_edit_as_eager_pytorch_does(exported: Exported, engine: EngineNa
 
 
 @pytest.fixture(scope="module")
-def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(exported: Exported, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Of a base that got the graph while it was served, as an export adds it: the graph first, its manifest last."""
+    bare = export_once(golden, tmp_path_factory.getbasetemp())
     cache = tmp_path_factory.mktemp("control") / "cache"
-    with serving(exported.repository, WorkerConfig(cache=cache, batch_requests=2)) as running:
+    with serving(bare.repository, WorkerConfig(cache=cache, batch_requests=2)) as running:
+        with Client(running.grpc_url) as client:
+            with pytest.raises(InputError, match="--attention-control"):
+                client.edit("first", KEPT)
+            shutil.copy(exported.base / "unet_controlled.onnx", bare.base)
+            shutil.copy(exported.base / "manifest.json", bare.base / "manifest.new")
+            (bare.base / "manifest.new").replace(bare.base / "manifest.json")
+            client.edit("first", KEPT)
         yield running
 
 

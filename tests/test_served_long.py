@@ -21,7 +21,7 @@ from tav_opt.engines.registry import open_clip
 from tav_opt.serving.host.server import Server
 from tav_opt.video import masks
 
-LONG = 13
+LONG, LONGEST = 13, 500
 EDIT = EditConfig(prompts=tuple("abcdefgh"), steps=1, guidance_scale=1.0, inversion_steps=1)
 """8 × 13 frames of 64²: 1.2 MiB."""
 
@@ -45,7 +45,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 def server(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served-long")
     repository = Path(shutil.copytree(exported.repository, folder / "repository"))
-    config = WorkerConfig(cache=folder / "cache", response_mib=1, longest_source=LONG, windows_at_once=2)
+    config = WorkerConfig(cache=folder / "cache", response_mib=1, longest_source=LONGEST, windows_at_once=2)
     with serving(repository, config) as running:
         yield running
 
@@ -84,6 +84,21 @@ def test_no_message_is_larger_than_the_worker_is_told(server):
     assert len(sizes) == 2 and max(sizes) <= 1 << 20 and "frames" not in answer.last and "metadata" in answer.last
 
 
+@pytest.mark.full
+def test_five_hundred_frames_come_as_they_are_decoded(server):
+    """5.9 MiB over a worker whose messages have one."""
+    one = EditConfig(prompts=("x",), steps=1, guidance_scale=1.0, inversion_steps=1)
+    with Wire(server.grpc_url) as wire:
+        answer = wire.ask(raw(to_tensors("first", one, source_frames=noise(LONGEST))))
+    assert answer.status == "OK", answer.message
+    parts = [response for response in answer.responses if "frames" in response]
+    assert len(parts) == 6 and max(part["frames"].nbytes for part in parts) <= 1 << 20
+    assert sum(part["frames"].shape[1] for part in parts) == LONGEST and parts[-1]["step"].item() == LONGEST
+    joined = np.concatenate([part["frames"] for part in parts], 1)
+    with Client(server.grpc_url) as client:
+        assert np.array_equal(client.edit("first", one, source_frames=noise(LONGEST)).frames, joined)
+
+
 def test_one_response_has_all_of_it(server, expected):
     with Wire(server.grpc_url) as wire:
         answer = wire.infer(UNARY_MODEL, raw(to_tensors("first", EDIT, source_frames=noise(LONG))))
@@ -97,8 +112,8 @@ def test_files_of_other_lengths_are_taken_from_the_window_on(server):
         for count in (FRAMES, FRAMES + 1, LONG):
             file = video.encode_mp4(noise(count), 8)
             assert client.edit("first", EditConfig(**short), video=file).frames.shape[1] == count
-        for count in (FRAMES - 1, LONG + 1):
-            with pytest.raises(InputError, match=f"{FRAMES} to {LONG} frames of {SIDE}×{SIDE}"):
+        for count in (FRAMES - 1, LONGEST + 1):
+            with pytest.raises(InputError, match=f"{FRAMES} to {LONGEST} frames of {SIDE}×{SIDE}"):
                 client.edit("first", EditConfig(**short), video=video.encode_mp4(noise(count), 8))
 
 

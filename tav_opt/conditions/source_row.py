@@ -86,6 +86,8 @@ class Words:
     """(tokens,): 1 at the source's words that may change, 0 elsewhere."""
     edit_blend: Tensor
     """(tokens,): the same of the edit's."""
+    same: bool = False
+    """The edit's are the source's own, and none has a weight: guidance alone tells the two apart."""
 
 
 class Beside:
@@ -123,8 +125,12 @@ class Beside:
         predicted, looks = answer[:, :-1], answer[:, -1:]
         self._source.answered(number, predicted[:1])
         if self._blend:
-            words = torch.cat([looks[:1], looks[-1:]])
-            found = words if self._blend == "words" else self._changed(number, source.to(latents), latents, predicted)
+            if self._blend == "words":
+                found = torch.cat([looks[:1], looks[-1:]])
+            elif self._words.same:
+                found = torch.zeros_like(looks[:1])
+            else:
+                found = self._changed(number, source.to(latents), latents, predicted)
             self._looks = found if self._looks is None else self._looks + found
         return predicted[1:]
 

@@ -29,7 +29,7 @@ from tav_opt.serving.{module} import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_HEAD = """# Generated from tav_opt/contract.py by tav_opt/repository/model_files.py.
+_HEAD = """# Generated from tav_opt/served_tensors.py by tav_opt/repository/model_files.py.
 name: "{name}"
 backend: "python"
 max_batch_size: 0
