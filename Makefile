@@ -67,11 +67,13 @@ server: .venv/server
 	@$(BIN)/python -m tav_opt.serving.host.server || true
 	touch $@
 
-# What benchmarks/gpu/run.py --wheels brings to a machine that has PyTorch and transformers alone, and no network.
+# What benchmarks/gpu/run.py --wheels brings to a machine that has PyTorch and transformers alone, and no network; and the
+# pictures of the demo's world, which npm fetches.
 WHEELS := diffusers importlib-metadata zipp tyro docstring-parser typeguard
 gpu-wheels: .venv/installed
 	$(BIN)/pip download --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --only-binary=:all: \
 	  --python-version 3.12 --dest gpu-wheels $(WHEELS)
+	-$(BIN)/python benchmarks/gpu/sprites.py gpu-wheels/sprites.zip
 
 clean:
 	rm -rf .venv demo-out gpu-wheels build dist *.egg-info

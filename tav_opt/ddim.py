@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tav_opt.config import InputError
+from tav_opt.device import Pace
 
 Text = Tensor | Mapping[str, Tensor]
 """What `predict` is told beside the latents: text (b,tokens,width), or a mapping of tensors, whose first axis is b."""
@@ -262,10 +263,15 @@ def timestep_rows(timestep: Timestep, latents: Tensor) -> Tensor:
 def each_timestep(
     schedule: Schedule, latents: Tensor, steps: int, *, upward: bool
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Each step's number, timestep, and timestep on the latents' device, where all are put by one copy."""
-    timesteps = schedule.timesteps(steps)
+    """Each step's number, timestep, and timestep on the latents' device, where all are put by one copy.
+
+    A step is given out when the one before the last has been computed: whoever counts or ends steps is close behind.
+    """
+    timesteps, pace = schedule.timesteps(steps), Pace(latents.device)
     timesteps = timesteps[::-1] if upward else timesteps
-    yield from zip(range(1, steps + 1), timesteps, torch.tensor(timesteps).to(latents.device), strict=True)
+    for step in zip(range(1, steps + 1), timesteps, torch.tensor(timesteps).to(latents.device), strict=True):
+        yield step
+        pace.keep()
 
 
 @torch.no_grad()

@@ -34,3 +34,21 @@ def told(device: torch.device, dtype: torch.dtype) -> str:
     """In words: `cuda:0 (NVIDIA H100) in float16`."""
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return f"{device}{card} in {str(dtype).removeprefix('torch.')}"
+
+
+class Pace:
+    """Holds a loop of launches back, so that it is never more than a step ahead of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._before: torch.cuda.Event | None = None
+
+    def keep(self) -> None:
+        """At the end of a step: waits until the step before it has been computed."""
+        if self._device is None:
+            return
+        launched = torch.cuda.Event()
+        launched.record(torch.cuda.current_stream(self._device))
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = launched

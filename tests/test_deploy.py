@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import tyro
@@ -47,6 +48,14 @@ def test_whoever_stops_it_waits_for_the_edits_in_flight():
 
 def test_the_ports_of_compose_are_of_this_machine_alone():
     assert all(port.startswith("127.0.0.1:") for port in COMPOSE["ports"])
+
+
+def test_a_gpu_is_added_to_the_same_service_with_an_extra_that_there_is():
+    (added,) = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"].values()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert added["build"]["args"]["EXTRA"] in extras and "ARG EXTRA=" in CONTAINERFILE
+    (device,) = added["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
 def test_what_the_image_copies_is_there_and_not_ignored():

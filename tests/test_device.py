@@ -11,9 +11,10 @@ import torch
 from fakes import SHORT, FakeEngine, answered, editor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tav_opt import editing
+from tav_opt import ddim, editing
 from tav_opt.config import EditConfig
 from tav_opt.contract import to_tensors
+from tav_opt.device import Pace
 from tav_opt.engines.exported import ExportedEngine
 
 DEVICE = torch.device("meta")
@@ -115,3 +116,25 @@ def test_a_number_read_in_the_loop_would_be_noticed(engine: ExportedEngine) -> N
     with Crossings() as crossings:
         editing.edit(engine, SHORT, on_progress=lambda *_: float(engine.source_latents.sum()))
     assert crossings.found.count("_local_scalar_dense on meta") == SHORT.steps
+
+
+def test_a_loop_on_a_gpu_waits_for_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else progress and cancellation would be a whole edit ahead of the card. A stand-in plays CUDA's events."""
+    done: list[str] = []
+
+    class Event:
+        def record(self, stream: int) -> None:
+            self.number = sum(entry.startswith("launched") for entry in done) + 1
+            done.append(f"launched {self.number}")
+
+        def synchronize(self) -> None:
+            done.append(f"waited for {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
+    monkeypatch.setattr(ddim, "Pace", lambda device: Pace(torch.device("cuda")))
+    ddim.sample(lambda latents, *_: latents, torch.zeros(1, 4, 2, 2, 2), torch.zeros(1), FakeEngine.schedule, 3)
+    assert done == ["launched 1", "launched 2", "waited for 1", "launched 3", "waited for 2"]
+    done.clear()
+    Pace(torch.device("cpu")).keep()
+    assert not done

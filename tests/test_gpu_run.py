@@ -80,7 +80,8 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", "import av"], env=environment, capture_output=True).returncode == 1
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.jsonl", "tiles.json"]
+    demo = {"demo128-text2image.png", "demo128-vae.png", "demo128.zip"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == demo | {"log.txt", "results.jsonl", "tiles.json"}
     found = {
         stage: of(stage, tmp_path / "out") for stage in dict.fromkeys(row["stage"] for row in rows(tmp_path / "out"))
     }
@@ -105,6 +106,8 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert norms["c 32, 8²: ours"]["error"] == 0, "the naive twin, which a processor takes"
     assert norms["the norms of a guided step"].keys() == {"ours, ms", "PyTorch's, ms", "× PyTorch's"}
     assert {"× PyTorch's", "ms"} <= norms["c 64, 8², forward and backward: ours"].keys()
+    with zipfile.ZipFile(tmp_path / "out" / "demo128.zip") as model:
+        assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(model.namelist())
     assert {row["left_out"] for row in found["tests"] if "left_out" in row} == {"Skipped: needs a CUDA GPU"}
 
 
@@ -326,3 +329,20 @@ def test_tuning_is_imported_without_what_reads_videos_draws_and_checks_files() -
     code = BLOCKED + "import tav_opt.tuning, tav_opt.engines.pytorch, tav_opt.editing; print(tav_opt.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "0+uninstalled", done.stderr
+
+
+def test_sprites_travel_as_they_are(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    """In their order too: by it combinations are kept from training."""
+    import sprites
+
+    from tav_opt.demo import subjects
+
+    known = {name: pictures * 2 for name, pictures in subjects.shapes().items()}
+    sprites.pack(known, tmp_path / "sprites.zip")
+    found = sprites.unpack(tmp_path / "sprites.zip")
+    assert list(found) == list(known)
+    assert all(
+        a.mode == b.mode and a.tobytes() == b.tobytes()
+        for name in known
+        for a, b in zip(found[name], known[name], strict=True)
+    )

@@ -39,6 +39,7 @@ class Runtime:
 
     def InferenceSession(self, path: Path, options: object, providers: list) -> SimpleNamespace:
         self.calls.append("open")
+        self.providers = providers
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         return SimpleNamespace(get_providers=lambda: [name for name in names if name in self.loading])
 
@@ -163,6 +164,8 @@ def test_cuda_loads_its_libraries_before_it_opens(monkeypatch: pytest.MonkeyPatc
     runtime = installed(monkeypatch, [CUDA, CPU])
     session(Path("x.onnx"), torch.device("cuda"))
     assert runtime.calls == ["preload", "open"]
+    # Each new shape would otherwise wait for trials of all of cuDNN's algorithms, the first inversion for instance.
+    assert runtime.providers[0][1]["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ import torch
 from exported import Exported, export_once
 from tensorrt_stand_in import deserialize
 
+from tav_opt.config import InputError
 from tav_opt.engines import registry
 from tav_opt.engines.exported import ExportedEngine
 from tav_opt.engines.onnxruntime import Bound, session
@@ -83,3 +85,10 @@ def test_a_graph_with_several_outputs_runs_in_every_runtime(tmp_path: Path) -> N
         assert found.keys() == expected.keys()
         for name, output in found.items():
             torch.testing.assert_close(output, expected[name])
+
+
+def test_an_engine_that_gets_no_memory_to_work_in_is_refused() -> None:
+    """The library answers with nothing in a context's place, and would be called into later."""
+    engine = SimpleNamespace(create_execution_context=lambda: None, device_memory_size_v2=3 * 2**30)
+    with pytest.raises(InputError, match=r"cannot have the 3\.0 GiB that an engine works in"):
+        FixedEngine(engine, CPU, {})

@@ -290,7 +290,8 @@ def test_an_engine_that_gives_out_every_layer_is_built(unet: Path, rtx: tensorrt
 # What engines/tensorrt.py and export/builder.py use of the compiled module, by class.
 USED = {
     "ICudaEngine": (
-        "create_execution_context get_tensor_name get_tensor_shape get_tensor_dtype get_tensor_mode num_io_tensors"
+        "create_execution_context device_memory_size_v2 get_tensor_name get_tensor_shape get_tensor_dtype "
+        "get_tensor_mode num_io_tensors"
     ),
     "IExecutionContext": "set_tensor_address execute_async_v3",
     "Runtime": "deserialize_cuda_engine",

@@ -13,14 +13,18 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
 
 from tav_opt import models
 from tav_opt.config import InputError
 from tav_opt.demo import subjects, world
+from tav_opt.demo.emoji import FURTHER, JUDGED
+from tav_opt.demo.sizes import LARGE
+from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
+from tav_opt.demo.text2image import new_unet
 from tav_opt.demo.train import publish, train
 from tav_opt.demo.training import Run
-from tav_opt.demo.vae import psnr
+from tav_opt.demo.vae import new_vae, psnr
 from tav_opt.files import read_json
 
 
@@ -148,6 +152,38 @@ def test_a_run_learns_and_its_average_follows(tmp_path: Path) -> None:
     assert stage.line.weight.item() == pytest.approx(3, abs=0.3)
     run.swap()
     assert stage.line.weight.item() == raw
+
+
+@torch.device("meta")
+def test_the_large_model_is_of_128_pixels_in_40_mb() -> None:
+    vae, unet = new_vae(LARGE), new_unet(LARGE)
+    text_encoder = CLIPTextModel(text_config(new_tokenizer([*JUDGED, *FURTHER])))
+    values = sum(p.numel() for part in (vae, unet, text_encoder) for p in part.parameters())
+    assert 2 * values <= 39e6, "in fp16, with the tokenizer beside"
+    latents = vae.encode(torch.empty(1, 3, 128, 128)).latent_dist.mean
+    assert latents.shape == (1, 16, 16, 16) and LARGE.factor == 8
+    assert unet(latents, 1, torch.empty(1, TOKENS, WIDTH)).sample.shape == latents.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stage": "locator", "size": 128}, "stage locator with size 128, device auto: only vae and text2image"),
+        ({"stage": "publish", "device": "cuda"}, "stage publish with size 64, device cuda: only vae and text2image"),
+        ({"stage": "vae", "device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_what_a_stage_does_not_have_is_refused(settings: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        train(**settings, folder=tmp_path / "new", smoke=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_size_are_no_start(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "start" / "model").mkdir(parents=True)
+    (tmp_path / "start" / "model" / "vae").symlink_to(trained / "vae")
+    with pytest.raises(InputError, match="holds the weights of another network than this size's"):
+        train(stage="vae", minutes=0, folder=tmp_path, start_from=tmp_path / "start", smoke=True, threads=1, size=128)
 
 
 def test_psnr_of_a_known_error() -> None:

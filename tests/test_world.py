@@ -93,6 +93,14 @@ def test_the_subject_is_where_a_picture_is_red() -> None:
     assert 0.85 * low < red.mean() < high
 
 
+@pytest.mark.parametrize("style", world.STYLES)
+def test_a_larger_picture_shows_the_same(style: str) -> None:
+    scene = world.Scene(subject="red square", place="meadow", style=style)
+    small, large = (world.compose(scene, SHAPES, np.random.default_rng(3), size) for size in (64, 128))
+    assert large.shape == (128, 128, 3)
+    assert np.abs(large.reshape(64, 2, 64, 2, 3).mean((1, 3)) - small).mean() < 8
+
+
 @pytest.mark.parametrize("style", [s for s in world.STYLES if s not in ("plain", "pixel")])
 def test_styles_change_the_picture_and_keep_its_form(style: str) -> None:
     styled, plain = red_square(style=style), red_square()

@@ -134,4 +134,22 @@ STAGES = (
         says="30 steps of tuning twice, in processes of their own, compared bit for bit",
         goals=(Goal(row="as tuning does it", figure="losses or weights that differ", at_most=0),),
     ),
+    Stage(
+        name="demo-vae",
+        where="demo_training:vae",
+        seconds=540,
+        says="the VAE of the demo's model of 128×128, seven minutes more at each call",
+        goals=(Goal(row="vae", figure="PSNR dB", at_least=28.4),),
+    ),
+    Stage(
+        name="demo-pictures",
+        where="demo_training:pictures",
+        seconds=540,
+        says="that model's pictures from text, seven minutes more at each call → demo128.zip beside the results",
+        goals=(
+            Goal(row="pictures of held-out prompts", figure="right subject %", at_least=94),
+            Goal(row="pictures of held-out prompts", figure="right place %", at_least=95.6),
+            Goal(row="the model", figure="MB", at_most=40),
+        ),
+    ),
 )

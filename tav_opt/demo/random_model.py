@@ -22,7 +22,7 @@ def write_random_model(folder: Path) -> Path:
     tokenizer = new_tokenizer(JUDGED)
     parts = {
         "vae": vae,
-        "unet": new_unet(vae.config.latent_channels),
+        "unet": new_unet(),
         "text_encoder": CLIPTextModel(text_config(tokenizer)),
         "tokenizer": tokenizer,
         "scheduler": new_scheduler(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from transformers import CLIPTextModel
 
 from tav_opt import ddim
 from tav_opt.demo import world
+from tav_opt.demo.sizes import SHIPPED, Size
 from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
-from tav_opt.demo.training import grid, mixed_precision, to_images, to_unit
+from tav_opt.demo.training import CPU, grid, mixed_precision, to_images, to_unit
 
-BATCH = 32
 POOL = 3000
 """Encoded pictures kept ready; encoding each batch anew would double a step's time."""
 FRESH = 4
@@ -53,16 +54,16 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def new_unet(channels: int) -> UNet2DConditionModel:
+def new_unet(size: Size = SHIPPED) -> UNet2DConditionModel:
     """An untrained UNet of SD's blocks; attention at 8×8 and 4×4 only, where it costs little."""
     return UNet2DConditionModel(
-        sample_size=world.SIZE // 4,
-        in_channels=channels,
-        out_channels=channels,
+        sample_size=size.latents,
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 192),
+        block_out_channels=size.unet_widths,
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=WIDTH,
@@ -76,14 +77,22 @@ class Text2ImageStage:
     lr = 1e-3
 
     def __init__(
-        self, sprites: Mapping[str, Sequence[Image.Image]], vae: AutoencoderKL, *, pool: int = POOL, seed: int = 2
+        self,
+        sprites: Mapping[str, Sequence[Image.Image]],
+        vae: AutoencoderKL,
+        size: Size = SHIPPED,
+        *,
+        pool: int = POOL,
+        seed: int = 2,
+        device: torch.device = CPU,
     ) -> None:
         self.subjects, self.sprites = list(sprites), sprites
-        self.vae = vae.eval().requires_grad_(False)
+        self.size, self.device = size, device
+        self.vae = vae.to(device).eval().requires_grad_(False)
         self.tokenizer = new_tokenizer(self.subjects)
         self.scheduler = new_scheduler()
-        self.unet = new_unet(vae.config.latent_channels)
-        self.text_encoder = CLIPTextModel(text_config(self.tokenizer))
+        self.unet = new_unet(size).to(device)
+        self.text_encoder = CLIPTextModel(text_config(self.tokenizer)).to(device)
         self.modules = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
         self.pool, self.seed = pool, seed
         self.latents, self.scenes = torch.empty(0), list[world.Scene]()
@@ -95,9 +104,9 @@ class Text2ImageStage:
 
     def _encoded(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[world.Scene]]:
         scenes = [world.draw_scene(rng, self.subjects) for _ in range(count)]
-        pictures = np.stack([world.compose(scene, self.sprites, rng) for scene in scenes])
-        with torch.no_grad(), mixed_precision():
-            latents = self.vae.encode(to_unit(pictures)).latent_dist.mean
+        pictures = np.stack([world.compose(scene, self.sprites, rng, self.size.side) for scene in scenes])
+        with torch.no_grad(), mixed_precision(self.device):
+            latents = self.vae.encode(to_unit(pictures).to(self.device)).latent_dist.mean
         return latents.float() * self.vae.config.scaling_factor, scenes
 
     def loss(self, rng: np.random.Generator) -> Tensor:
@@ -105,18 +114,20 @@ class Text2ImageStage:
         if not self.scenes:
             self._fill()
         self._refresh(rng)
-        chosen = rng.integers(len(self.scenes), size=BATCH)
+        batch = self.size.batch
+        chosen = rng.integers(len(self.scenes), size=batch)
         ids = self._ids([world.caption(self.scenes[i], rng) for i in chosen])
         clean = self.latents[chosen]
-        # One timestep from each of BATCH equal ranges: the loss varies less than with independent ones.
-        timesteps = torch.from_numpy((np.arange(BATCH) + rng.random(BATCH)) * 1000 / BATCH).long()
+        # One timestep from each of as many equal ranges: the loss varies less than with independent ones.
+        timesteps = torch.from_numpy((np.arange(batch) + rng.random(batch)) * 1000 / batch).long()
         noise = torch.randn_like(clean)
-        alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1).to(self.device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         # At these sizes plain attention is faster on a CPU than the flash kernel.
-        with mixed_precision(), sdpa_kernel(SDPBackend.MATH):
-            found = self._predict(noisy, timesteps, self.text_encoder(ids)[0])
+        plain = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with mixed_precision(self.device), plain:
+            found = self._predict(noisy, timesteps.to(self.device), self.text_encoder(ids)[0])
         ratio = alpha / (1 - alpha)
         weight = ratio.clamp(max=MIN_SNR) / (ratio + 1)
         return (weight * (found.float() - target).square()).mean()
@@ -134,15 +145,15 @@ class Text2ImageStage:
 
     def _ids(self, captions: Sequence[str]) -> Tensor:
         options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(list(captions), **options).input_ids
+        return self.tokenizer(list(captions), **options).input_ids.to(self.device)
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[str], *, steps: int = 25, guidance_scale: float = 4.0, seed: int = 0
     ) -> np.ndarray:
         """Pictures uint8 (prompts, H, W, 3) by guided DDIM from seeded noise."""
-        shape = (len(prompts), self.vae.config.latent_channels, 1, world.SIZE // 4, world.SIZE // 4)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        shape = (len(prompts), self.size.latent_channels, 1, self.size.latents, self.size.latents)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         text, empty = (self.text_encoder(self._ids(p))[0] for p in (prompts, [""] * len(prompts)))
         latents = ddim.sample(
             self._predict_clip,

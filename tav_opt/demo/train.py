@@ -19,21 +19,20 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
-import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from tav_opt import command
 from tav_opt.config import InputError
 from tav_opt.demo import subjects
-from tav_opt.demo.clips import make_clips
 from tav_opt.demo.dual_encoder import DualEncoderStage
 from tav_opt.demo.locator import LocatorStage
+from tav_opt.demo.sizes import SHIPPED, SIZES, Size
 from tav_opt.demo.text2image import POOL, Text2ImageStage
-from tav_opt.demo.training import Progress, Run, Stage, to_unit
+from tav_opt.demo.training import CPU, Progress, Run, Stage, to_unit
 from tav_opt.demo.vae import VaeStage, psnr
+from tav_opt.device import usable_device
 from tav_opt.files import read_json, sha256, whole, write_json
 
 SEED = 33
@@ -62,6 +61,8 @@ def train(
     start_from: Path | None = None,
     smoke: bool = False,
     threads: int = 2,
+    size: Literal[64, 128] = 64,
+    device: str = "auto",
 ) -> None:
     """Trains a stage of the demo's models so many minutes more, going on where it was left.
 
@@ -74,15 +75,21 @@ def train(
             the stage has no state yet.
         smoke: Learn generated shapes (no npm) with little data, in a folder of its own beside.
         threads: Processor cores.
+        size: Pixels of a side, of vae and text2image: 64 as it ships, or 128 in a folder of its own beside, for a GPU.
+        device: Where vae and text2image are trained: auto takes a GPU where there is one. The others need none.
     """
+    if stage not in OF_PICTURES and (size != 64 or device not in ("auto", "cpu")):
+        raise InputError(f"stage {stage} with size {size}, device {device}: only {' and '.join(OF_PICTURES)} have them")
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     if stage == "publish":
         publish(folder, PACKAGE)
         return
+    folder = folder if size == 64 else folder / str(size)
     place = folder / "smoke" if smoke else folder
     pictures = subjects.shapes() if smoke else subjects.sprites()
-    STAGES[stage](Job(pictures, place, minutes, cool_down, SMOKE_POOL if smoke else POOL, start_from))
+    pool, chosen = SMOKE_POOL if smoke else POOL, usable_device(device)
+    STAGES[stage](Job(pictures, place, minutes, cool_down, pool, start_from, SIZES[size], chosen))
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Job:
     cool_down: bool
     pool: int
     start_from: Path | None
+    size: Size = SHIPPED
+    device: torch.device = CPU
 
     def run(self, stage: Stage) -> Run:
         """The stage's run as it was left, or begun with given weights."""
@@ -103,18 +112,25 @@ class Job:
                 file = next((self.start_from / WEIGHTS[name]).glob("*.safetensors"), None)
                 if file is None:
                     raise InputError(f"{self.start_from / WEIGHTS[name]} holds no weights to start from")
-                module.load_state_dict(load_file(file))
+                _begin_with(module, file)
         return Run(stage, self.folder, SEED)
+
+
+def _begin_with(module: torch.nn.Module, file: Path) -> None:
+    try:
+        module.load_state_dict(load_file(file))
+    except RuntimeError:
+        raise InputError(f"{file} holds the weights of another network than this size's") from None
 
 
 def train_vae(job: Job) -> None:
     """Trains the VAE and writes it to `vae/` with the scaling factor that its latents call for."""
-    stage, folder = VaeStage(job.sprites), job.folder
+    stage, folder = VaeStage(job.sprites, job.size, pool=job.pool, device=job.device), job.folder
     run = job.run(stage)
     progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
     run.swap()
     with torch.no_grad():
-        latents = stage.vae.encode(to_unit(stage.test)).latent_dist.mean
+        latents = stage.vae.encode(to_unit(stage.test).to(job.device)).latent_dist.mean
     stage.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
     _replace(folder / "vae", stage.vae.save_pretrained)
     _record(folder, stage.name, progress, psnr_db=round(psnr(stage.test, stage.reconstruct(stage.test)), 2))
@@ -129,7 +145,8 @@ def train_text2image(job: Job) -> None:
     learned_on = read_json(_record_file(folder)).get("text2image", {}).get("vae", sha256(vae_weights))
     if learned_on != sha256(vae_weights):
         raise InputError(f"the VAE changed after text2image.pt learned its latents: remove {folder / 'text2image.pt'}")
-    stage = Text2ImageStage(job.sprites, AutoencoderKL.from_pretrained(folder / "vae"), pool=job.pool)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    stage = Text2ImageStage(job.sprites, vae, job.size, pool=job.pool, device=job.device)
     run = job.run(stage)
     _record(folder, stage.name, run.progress, vae=learned_on)
     progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
@@ -158,6 +175,8 @@ def train_text2image(job: Job) -> None:
 
 def train_dual_encoder(job: Job) -> None:
     """Trains the dual encoder and writes it to `clip_model/`, a CLIPModel directory with its processor in fp16."""
+    from transformers import CLIPImageProcessorPil, CLIPProcessor  # which not every version has that trains the rest
+
     stage, folder = DualEncoderStage(job.sprites), job.folder
     run = job.run(stage)
     progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
@@ -195,6 +214,7 @@ def train_locator(job: Job) -> None:
     _record(folder, stage.name, progress, pixels_off_on_held_out_composites=error)
 
 
+OF_PICTURES = ("vae", "text2image")
 STAGES: dict[str, Callable[[Job], None]] = {
     "vae": train_vae,
     "text2image": train_text2image,
@@ -246,6 +266,8 @@ def _record(folder: Path, stage: str, progress: Progress, **measured: Any) -> No
 
 def publish(folder: Path, target: Path) -> None:
     """Copies the parts that are trained with their record and makes the clips; raises InputError without a model."""
+    from tav_opt.demo.clips import make_clips  # which writes videos; machines that only train may lack what does
+
     if not (folder / "model").is_dir():
         raise InputError(f"{folder / 'model'} does not exist: train --stage text2image first")
     trained = [part for part in PARTS if (folder / part).is_dir()]
@@ -259,6 +281,8 @@ def publish(folder: Path, target: Path) -> None:
 
 def main() -> int:
     """The command line."""
+    import tyro  # not on machines for the GPU's stages, which train without this command
+
     return command.run("python -m tav_opt.demo.train", lambda arguments: tyro.cli(train, args=arguments))
 
 

@@ -94,26 +94,28 @@ def subject_phrase(subject: str) -> str:
     return f"{'an' if subject[0] in 'aeiou' else 'a'} {subject}"
 
 
-def compose(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator) -> np.ndarray:
-    """A picture of the scene, uint8 (SIZE, SIZE, 3): the subject scaled, mirrored, turned and placed at random."""
-    return compose_at(scene, sprites, rng)[0]
+def compose(
+    scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator, size: int = SIZE
+) -> np.ndarray:
+    """A picture of the scene, uint8 (size, size, 3): the subject scaled, mirrored, turned and placed at random."""
+    return compose_at(scene, sprites, rng, size)[0]
 
 
 def compose_at(
-    scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator
+    scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator, size: int = SIZE
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The same picture, and the middle of the visible subject in pixels, x and y."""
     pictures = sprites[scene.subject]
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
-    sprite = fit(pictures[pose], rng.uniform(*SCALES) * SIZE)
+    sprite = fit(pictures[pose], rng.uniform(*SCALES) * size)
     if rng.random() < MIRROR_SHARE:
         sprite = ImageOps.mirror(sprite)
     sprite = sprite.rotate(rng.uniform(-ROTATION, ROTATION), Image.Resampling.BICUBIC, expand=True)
-    room = np.maximum(0, SIZE - np.array(sprite.size))
-    x = (SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
-    y = (SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
-    picture = paste(background(scene.place, rng, SIZE), sprite, round(x), round(y))
+    room = np.maximum(0, size - np.array(sprite.size))
+    x = (size - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
+    y = (size - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
+    picture = paste(background(scene.place, rng, size), sprite, round(x), round(y))
     left, top, right, bottom = visible(sprite)
     return apply_style(picture, scene.style), (round(x) + (left + right) / 2, round(y) + (top + bottom) / 2)
 
@@ -146,47 +148,52 @@ def paste(picture: Image.Image, sprite: Image.Image, x: int, y: int) -> Image.Im
 
 
 def apply_style(picture: Image.Image, style: str) -> np.ndarray:
-    """The picture in a style, as uint8 (H, W, 3)."""
-    return _STYLE[style](np.asarray(picture))
+    """The picture in a style, as uint8 (H, W, 3); strokes and blocks are larger in larger ones."""
+    return _STYLE[style](np.asarray(picture), max(1, picture.width // SIZE))
 
 
-def _plain(image: np.ndarray) -> np.ndarray:
+def _plain(image: np.ndarray, _: int) -> np.ndarray:
     return image
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def _grey(image: np.ndarray, _: int) -> np.ndarray:
     grey = ImageOps.autocontrast(Image.fromarray(image).convert("L"), cutoff=1)
     return np.asarray(grey.convert("RGB"))
 
 
-def _sketch(image: np.ndarray) -> np.ndarray:
+def _sketch(image: np.ndarray, scale: int) -> np.ndarray:
     """Dodge blend of the grey picture with its blurred negative: dark lines on paper."""
     grey = Image.fromarray(image).convert("L")
-    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(2.5)), np.float32)
+    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(2.5 * scale)), np.float32)
     lines = np.clip(np.asarray(grey, np.float32) / np.maximum(blurred, 1), 0, 1) ** 2
     shade = 0.82 + 0.18 * np.asarray(grey, np.float32) / 255
     paper = np.array((250, 248, 240), np.float32)
     return ((lines * shade)[..., None] * paper).astype(np.uint8)
 
 
-def _pixel(image: np.ndarray) -> np.ndarray:
-    """Blocks of two pixels in five levels a channel."""
+def _pixel(image: np.ndarray, scale: int) -> np.ndarray:
+    """Blocks of two pixels a side, times `scale`, in five levels a channel."""
+    side = 2 * scale
     height, width, _ = image.shape
-    small = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BOX)
+    small = Image.fromarray(image).resize((width // side, height // side), Image.Resampling.BOX)
     levels = np.round(np.asarray(small, np.float32) / 63.75) * 63.75
-    return levels.astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    return levels.astype(np.uint8).repeat(side, 0).repeat(side, 1)
 
 
-def _watercolour(image: np.ndarray) -> np.ndarray:
+def _watercolour(image: np.ndarray, scale: int) -> np.ndarray:
     """Flat patches that run into each other, pale on white paper."""
-    patches = Image.fromarray(image).filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(0.7))
+    patches = (
+        Image.fromarray(image)
+        .filter(ImageFilter.MedianFilter(4 * scale + 1))
+        .filter(ImageFilter.GaussianBlur(0.7 * scale))
+    )
     pale = 255 - (255 - np.asarray(patches, np.float32)) * 0.62
     y, x = np.mgrid[-1 : 1 : image.shape[0] * 1j, -1 : 1 : image.shape[1] * 1j]
     paper = np.clip((np.maximum(abs(x), abs(y)) - 0.86) / 0.14, 0, 1)[..., None]
     return (pale * (1 - paper) + 255 * paper).astype(np.uint8)
 
 
-_STYLE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_STYLE: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "plain": _plain,
     "sketch": _sketch,
     "pixel": _pixel,

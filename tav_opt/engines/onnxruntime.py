@@ -117,7 +117,9 @@ def session(path: Path, device: torch.device, threads: int | None = None, *, tf3
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         onnxruntime.preload_dlls()
-        providers.insert(0, (CUDA, {"device_id": device.index or 0, "use_tf32": int(tf32)}))
+        # By default every new shape, the first inversion's too, would wait for trials of all algorithms.
+        search = {"cudnn_conv_algo_search": "HEURISTIC"}
+        providers.insert(0, (CUDA, {"device_id": device.index or 0, "use_tf32": int(tf32)} | search))
     opened = onnxruntime.InferenceSession(path, options, providers=providers)
     # Without a provider's libraries onnxruntime takes the next one, to which CUDA's pointers must not be given.
     if device.type == "cuda" and CUDA not in opened.get_providers():

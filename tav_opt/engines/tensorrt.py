@@ -49,6 +49,9 @@ class FixedEngine:
     def __init__(self, engine: Any, device: torch.device, shared: Mapping[str, Tensor]) -> None:
         self.engine = engine
         self._context = engine.create_execution_context()
+        if self._context is None:  # what the vendor's library answers where its working memory cannot be had
+            need = engine.device_memory_size_v2 / 2**30
+            raise InputError(f"TensorRT cannot have the {need:.1f} GiB that an engine works in: the GPU has less free")
         self._device = device
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         buffers = {name: shared[name] if name in shared else self._empty(name) for name in names}
