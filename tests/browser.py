@@ -66,11 +66,13 @@ def behind_proxy(prefix: str, behind: str) -> Iterator[str]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         proxy = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=proxy.run, args=([listening],))
+        thread = threading.Thread(target=proxy.run, args=([listening],), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}{prefix}/"
-        proxy.should_exit = proxy.force_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}{prefix}/"
+        finally:
+            proxy.should_exit = proxy.force_exit = True
+            thread.join()
 
 
 class Tab:
