@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from tav_opt.engines import Engine
 
 
-def check(config: EditConfig) -> None:
-    """Raises InputError for settings that no engine can follow, naming the value."""
+def check(config: EditConfig, *, complete: bool = True) -> None:
+    """Raises InputError for settings that no engine can follow, naming the value.
+
+    Before the clip and a preset have filled in what was not given, `complete` is false: whether settings go together is
+    not known then.
+    """
     if not config.prompts:
         raise InputError("no prompt: give at least one")
     for prompt in config.prompts:
@@ -38,10 +42,10 @@ def check(config: EditConfig) -> None:
     check_numbers(config)
     if config.solver not in get_args(SolverName):
         raise InputError(f"solver {config.solver[:63]!r} is not {', '.join(get_args(SolverName))}")
-    if config.solver != "ddim" and config.eta > 0:
-        raise InputError(f"eta {config.eta:g} with solver {config.solver}: only ddim adds noise")
     _check_control(config)
     _check_following(config)
+    if complete:
+        _check_together(config)
 
 
 def _check_control(config: EditConfig) -> None:
@@ -57,12 +61,6 @@ def _check_control(config: EditConfig) -> None:
     if not config.beside and (config.source_prompt is not None or filled.direct_inversion):
         name = "direct inversion" if filled.direct_inversion else "source prompt"
         raise InputError(f"{name} would change nothing: nothing of the source is replaced or blended")
-    if filled.direct_inversion and not config.inversion:
-        raise InputError("direct inversion without inversion: there is no trajectory to go back to")
-    if filled.direct_inversion and config.inversion_steps not in (None, config.steps):
-        raise InputError(
-            f"inversion steps {config.inversion_steps} with direct inversion: must be as many as steps, {config.steps}"
-        )
     if config.blends and config.eta > 0:
         raise InputError(
             f"eta {config.eta:g} with blend words: what stays as it is has no noise of its own; eta must be 0"
@@ -75,15 +73,25 @@ def _check_following(config: EditConfig) -> None:
             f"control {config.controls[0].name!r} with attention control (keep, replace, blend words, word weights): "
             "no network is exported for both; give one of them"
         )
-    if not config.control_inversion:
-        return
-    if not config.controls or not config.inversion:
-        raise InputError("control inversion would change nothing: there is no control, or no inversion")
-    for one in config.controls:
+    for one in config.controls if config.control_inversion else ():
         if (one.start, one.end) != (0, 1):
             raise InputError(
                 f"control {one.name}: a window of steps, {one.start:g}…{one.end:g}, with control inversion"
             )
+
+
+def _check_together(config: EditConfig) -> None:
+    if config.solver != "ddim" and config.eta > 0:
+        raise InputError(f"eta {config.eta:g} with solver {config.solver}: only ddim adds noise")
+    direct = config.filled().direct_inversion
+    if direct and not config.inversion:
+        raise InputError("direct inversion without inversion: there is no trajectory to go back to")
+    if direct and config.inversion_steps not in (None, config.steps):
+        raise InputError(
+            f"inversion steps {config.inversion_steps} with direct inversion: must be as many as steps, {config.steps}"
+        )
+    if config.control_inversion and not (config.controls and config.inversion):
+        raise InputError("control inversion would change nothing: there is no control, or no inversion")
 
 
 @dataclass(frozen=True, kw_only=True)

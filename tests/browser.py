@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import uvicorn
 from encoded import lossless
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
-SECONDS = 90
+SECONDS = 240
 """By then everything has happened, on a stalled machine too."""
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -39,6 +47,32 @@ def dropped_video(folder: Path) -> Path:
     path = folder / "Dropped Video.mp4"
     path.write_bytes(lossless(frames.repeat(20, axis=1).repeat(20, axis=2)))
     return path
+
+
+@contextmanager
+def behind_proxy(prefix: str, behind: str) -> Iterator[str]:
+    """Where a proxy shows the page at `behind`: it takes the prefix away and keeps the host, as nginx is told to."""
+    client = httpx.AsyncClient(base_url=behind, timeout=SECONDS, trust_env=False)
+
+    async def forward(request: Request) -> StreamingResponse:
+        path = f"{request.path_params['path']}?{request.url.query}".rstrip("?")
+        body = await request.body()
+        asked = client.build_request(request.method, f"/{path}", headers=dict(request.headers), content=body)
+        answer = await client.send(asked, stream=True)
+        headers = {name: value for name, value in answer.headers.items() if name != "transfer-encoding"}
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
+
+    app = Starlette(routes=[Route(f"{prefix}/{{path:path}}", forward, methods=["GET", "POST", "HEAD"])])
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        proxy = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=proxy.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}{prefix}/"
+        finally:
+            proxy.should_exit = proxy.force_exit = True
+            thread.join()
 
 
 class Tab:

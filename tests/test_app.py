@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,11 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import emoji
 import numpy as np
 import pytest
-import yaml
 from browser import dropped_video
 from exported import FRAMES, Exported, export_once
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
 from served import until
 
 from tav_opt import cli, editing, video
@@ -153,7 +156,7 @@ def test_a_browser_cannot_name_a_file(tmp_path, key):
 
 
 def test_a_history_is_what_it_says_or_nothing():
-    about = {"clip": "c", "negative_prompt": "", "preset": "fast", "settings": {"steps": 3}, "video": None}
+    about = {"clip": "c", "negative_prompt": "", "preset": "fast", "settings": {"steps": 3}, "files": ""}
     made = edit_history.entry("k/1", "a cat", 2.34, **about)
     assert edit_history.find(json.loads(json.dumps([made])), "k/1") == made
     assert edit_history.choices([made]) == [(f"{made['at'][11:16]} · a cat · c · fast · steps 3", "k/1")]
@@ -357,8 +360,10 @@ def test_the_space_fetches_clips_and_opens_the_page(exported, tmp_path):
     environment = os.environ | settings | {"GRADIO_SERVER_PORT": str(port)}
     with subprocess.Popen([sys.executable, program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as space:
         try:
-            assert space.stdout is not None and b"first: fetched" in space.stdout.readline()
-            assert f"http://127.0.0.1:{port}".encode() in space.stdout.readline()
+            assert space.stdout is not None
+            base, clip, page = (space.stdout.readline().decode() for _ in range(3))
+            assert base.startswith("base/") and clip == "clips/first: fetched\n"
+            assert f"http://127.0.0.1:{port}" in page
             assert get(f"http://127.0.0.1:{port}") == 200
         finally:
             space.terminate()
@@ -366,9 +371,22 @@ def test_the_space_fetches_clips_and_opens_the_page(exported, tmp_path):
     assert refused.returncode == 1 and "CLIPS" in refused.stderr
 
 
-def test_the_space_names_the_gradio_that_is_tested():
+def test_the_space_is_described_as_the_hub_asks_and_can_be_installed():
+    """The hub's rules for a Space's front matter; what it installs has a version that is tested."""
     root = Path(__file__).parents[1]
-    front = yaml.safe_load((root / "examples/space/README.md").read_text().split("---")[1])
+    text = (root / "examples/space/README.md").read_text()
+    front = SpaceCard(text, ignore_metadata_errors=False).data
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.MULTILINE))
-    assert front["sdk"] == "gradio" and front["sdk_version"] == pins["gradio"]
-    assert (root / "examples/space" / front["app_file"]).is_file()
+    assert front.sdk == "gradio" and front.sdk_version == pins["gradio"]
+    assert (root / "examples/space" / front.app_file).is_file()
+    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {front.colorFrom, front.colorTo} <= colours and emoji.is_emoji(front.emoji)
+    assert len(front.short_description) <= 60
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert front.license == project["license"].lower()
+    assert f"Programming Language :: Python :: {front.python_version}" in project["classifiers"]
+    asked = Requirement((root / "examples/space/requirements.txt").read_text().strip())
+    assert asked.name == project["name"]
+    for extra in asked.extras:
+        for one in map(Requirement, project["optional-dependencies"][extra]):
+            assert one.specifier.contains(pins[one.name]), one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import DESKTOP, PHONE, Tab, chromium, dropped_video
+from browser import DESKTOP, PHONE, Tab, behind_proxy, chromium, dropped_video
 from exported import FRAMES, SIDE, Exported, export_once
+from PIL import Image
 from served import serving, until
 
 from tav_opt import video
@@ -167,16 +169,24 @@ def test_edits_are_remembered_compared_and_made_again(tab):
     assert tab.field("set-eta").input_value() == ""
 
 
-def test_a_video_that_is_dropped_in_takes_the_clips_place(tab, server, dropped):
+def test_a_video_that_is_dropped_in_takes_the_clips_place_within_a_mask(tab, server, dropped, tmp_path):
+    half = np.zeros((10, 10), np.uint8)
+    half[:, 5:] = 255
+    Image.fromarray(half).save(mask := tmp_path / "half.png")
     tab.page.get_by_text("Another video in its place").click()
     tab.page.set_input_files("#edit-video input[type=file]", dropped)
     tab.page.wait_for_selector("#edit-video video")
+    tab.page.get_by_text("Mask, and maps to follow").click()
+    tab.page.set_input_files("#mask input[type=file]", mask)
+    tab.page.get_by_text("half.png").wait_for()
     tab.advanced(steps=2)
     tab.edit(PROMPT)
     tab.until_edited()
     shown = video.read(tab.saved("mp4")).frames
     with Client(server.grpc_url) as client:
-        edit = client.edit("first", EditConfig(prompts=(PROMPT,), steps=2), video=dropped, left_out={"guidance_scale"})
+        asked = EditConfig(prompts=(PROMPT,), steps=2)
+        edit = client.edit("first", asked, video=dropped, mask=mask, left_out={"guidance_scale"})
+    assert edit.metadata[0]["masked"]
     assert_same(shown, edit)
 
 
@@ -218,36 +228,70 @@ def test_clips_and_the_servers_health_are_told(tab):
     assert "first" in tab.text("clips") and f"{SIDE}×{SIDE}" in tab.text("clips")
 
 
-@pytest.mark.full
-def test_a_clip_is_tuned_stopped_gone_on_with_exported_and_edited(tab, dropped, server):
+def test_behind_a_proxy_it_works_under_the_proxys_path(browser, exported, tmp_path):
+    worker = WorkerConfig(cache=tmp_path / "cache")
+    folder = tmp_path / "out"
+    config = AppConfig(
+        in_process=True, repository=exported.repository, folder=folder, port=0, root_path="/tav-opt", worker=worker
+    )
+    with Page(config).opened() as address, behind_proxy("/tav-opt", address.removesuffix("/tav-opt")) as shown:
+        tab = Tab(browser, shown, **DESKTOP)
+        tab.wait("document.querySelector('#stage video').readyState >= 2")
+        tab.advanced(steps=2)
+        tab.edit(PROMPT)
+        tab.until_edited()
+        assert video.settings_of(tab.saved("gif"))["steps"] == 2
+        tab.close()
+
+
+def prepared(tab: Tab, video: Path, caption: str) -> None:
+    """A video is dropped in on the second tab; what is taken of it, and the memory that takes, are seen."""
     tab.page.get_by_role("tab", name="Tune").click()
-    tab.set("caption", "squares of noise")
-    tab.page.set_input_files("#tune-video input[type=file]", dropped)
+    tab.set("caption", caption)
+    tab.page.set_input_files("#tune-video input[type=file]", video)
     for name, value in {"frames": FRAMES, "height": SIDE, "width": SIDE}.items():
         tab.set(f"clip-{name}", value)
     tab.wait(f"document.querySelectorAll('#frames img').length == {FRAMES}")
-    tab.wait(f"document.querySelector('#needed').innerText.includes('Tuning {FRAMES} frames of {SIDE}×{SIDE} needs')")
-    tab.wait("document.querySelector('#run-name input, #run-name textarea').value.startsWith('dropped')")
-    tab.set("run-name", "noise")
-    for name, value in {"steps": 60, "preview_every": 30}.items():
-        tab.set(f"train-{name}", value)
+    tab.page.get_by_text(f"Tuning {FRAMES} frames of {SIDE}×{SIDE} needs").wait_for()
+    assert tab.page.locator("#frames img").first.is_visible()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_what_tuning_takes_is_seen_before_it_starts(browser, url, dropped, size):
+    tab = Tab(browser, url, **size)
+    prepared(tab, dropped, "squares of noise")
+    assert tab.fits()
+    tab.set("train-preview_every", 30)
     tab.page.click("#tune")
-    tab.wait("document.querySelector('#tune-failure').innerText.includes('preview_every 30 needs preview_prompts')")
-    tab.set("train-preview_prompts", "a cat")
+    tab.page.get_by_text("preview_every 30 needs preview_prompts").wait_for()
+    tab.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_clip_is_tuned_stopped_gone_on_with_exported_and_edited(browser, url, dropped, size):
+    tab, name = Tab(browser, url, **size), f"noise-{size['viewport']['width']}"
+    prepared(tab, dropped, "squares of noise")
+    tab.wait("document.querySelector('#run-name input, #run-name textarea').value.startsWith('dropped')")
+    tab.set("run-name", name)
+    for setting, value in {"steps": 60, "preview_every": 30, "preview_prompts": "a cat"}.items():
+        tab.set(f"train-{setting}", value)
     tab.page.get_by_text("Advanced").nth(1).click()
     tab.set("train-inversion_steps", 2)
     tab.page.click("#tune")
-    tab.wait("/step [1-9]\\d* of 60/.test(document.querySelector('#tune-status').innerText)")
+    tab.page.get_by_text(re.compile(r"tuning: step [1-9]\d* of 60")).wait_for()
     tab.page.click("#tune-stop")
-    tab.wait("document.querySelector('#tune-status').innerText.trim().startsWith('Stopped after step')")
+    tab.page.get_by_text("Stopped after step").wait_for()
     tab.page.click("#go-on")
-    tab.wait("document.querySelector('#tune-status').innerText.trim().startsWith('Tuned')")
+    tab.page.get_by_text("Export it to edit it.").wait_for()
     tab.page.wait_for_selector("#previews img")
     tab.page.wait_for_selector("#loss canvas, #loss svg")
+    assert tab.fits()
     tab.page.click("#export")
-    tab.wait("document.querySelector('#exported').innerText.includes('noise is exported')")
+    tab.page.get_by_text(f"{name} is exported").wait_for()
     tab.page.get_by_role("tab", name="Edit").click()
-    tab.wait("document.querySelector('#clip input').value == 'noise'")
+    tab.wait(f"document.querySelector('#clip input').value == '{name}'")
     tab.advanced(steps=2)
     tab.edit(PROMPT)
     tab.until_edited()
+    tab.close()

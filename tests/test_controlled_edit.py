@@ -259,6 +259,17 @@ def test_the_command_keeps_the_background(golden, tmp_path, capsys):
     assert "dog#1, dog#2" in capsys.readouterr().err and not (tmp_path / "no.gif").exists()
 
 
+@pytest.mark.parametrize(("inversion_steps", "status"), [("12", 0), ("50", 2)])
+def test_the_command_holds_settings_against_each_other_with_what_a_preset_brings(
+    golden, tmp_path, capsys, inversion_steps, status
+):
+    arguments = ["edit", str(written(golden, tmp_path / "ckpt")), "--prompt", "a dog is skiing", "--preset", "draft"]
+    arguments += ["--keep", "background", "--inversion-steps", inversion_steps, "--out", str(tmp_path / "kept.gif")]
+    assert cli.main(arguments) == status
+    told = "inversion steps 50 with direct inversion: must be as many as steps, 12" in capsys.readouterr().err
+    assert told == (status == 2) and (tmp_path / "kept.gif").exists() == (status == 0)
+
+
 def test_known_is_what_a_step_is_told():
     """The blended step hands on what it is told to the solver under it."""
     beside = Beside(Asked(), Kept(TRAJECTORY), WORDS, SCHEDULE, STEPS, blend="words", **SHARES)

@@ -42,11 +42,15 @@ def test_inversion_steps_that_are_absent_are_the_clips_own():
     assert report.inversion == "clip"
 
 
-def test_what_a_preset_brings_is_checked_too():
-    """50 steps to invert and to sample go with direct inversion; the 20 of the preset do not."""
-    kept = replace(SHORT, steps=50, keep="motion", inversion_steps=50)
+@pytest.mark.parametrize(
+    ("inversion_steps", "words"),
+    [(50, "inversion steps 50 with direct inversion: must be as many as steps, 20"), (20, "no such UNet")],
+)
+def test_settings_are_held_against_each_other_with_what_a_preset_brings(inversion_steps, words):
+    """Direct inversion wants as many steps as there are: the preset's 20, and not the 50 of who gives none."""
+    kept = replace(SHORT, steps=50, keep="motion", inversion_steps=inversion_steps)
     tensors = to_tensors("toy", kept, preset="fast", left_out={"steps"})
-    with pytest.raises(InputError, match="inversion steps 50 with direct inversion: must be as many as steps, 20"):
+    with pytest.raises(InputError, match=words):
         answered(editor(FakeEngine()), tensors)
 
 

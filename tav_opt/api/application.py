@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from tav_opt import __version__
 from tav_opt.api import answers, described, videos
 from tav_opt.api.answers import Health, Model, Models, Refused, refusal
-from tav_opt.api.asking import Owner, TheService
+from tav_opt.api.asking import Owner, TheService, known_query
 from tav_opt.api.bodies import TooLarge, WrongKind
 from tav_opt.api.described import refused_with
 from tav_opt.api.orders import PRESET_SIGN, UnknownModel, model_of
@@ -21,7 +21,8 @@ from tav_opt.api.service import Service
 from tav_opt.config import PRESETS, InputError
 from tav_opt.files import DiskFull
 
-models = APIRouter(tags=["models"])
+models = APIRouter(tags=["models"], dependencies=[Depends(known_query)])
+state = APIRouter()
 
 
 @models.get("/v1/models", responses=refused_with(503))
@@ -40,7 +41,7 @@ async def retrieve_model(name: str, _owner: Owner, service: TheService) -> Model
     return answers.model(name, clips[clip])
 
 
-@models.get("/health", responses={503: {"model": Health, "description": "no server answers"}})
+@state.get("/health", responses={503: {"model": Health, "description": "no server answers"}})
 async def health(service: TheService) -> Any:
     """Whether the API answers, which needs no key, and whether the server does."""
     live = await service.client.is_live()
@@ -60,6 +61,7 @@ def application(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(videos.router)
     app.include_router(models)
+    app.include_router(state)
     for kind in (Refused, InputError, RequestValidationError, HTTPException, sqlite3.Error):
         app.add_exception_handler(kind, _refuse)
     app.openapi = lambda: described.document(app)  # type: ignore[method-assign]

@@ -24,6 +24,13 @@ def the_service(request: Request) -> Service:
 TheService = Annotated[Service, Depends(the_service)]
 
 
+def known_query(request: Request) -> None:
+    """Raises Refused for a parameter that the route does not have."""
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    if unknown := sorted(set(request.query_params) - set(known)):
+        raise Refused(400, f"{unknown[0][:63]!r} is no parameter here; there are: {', '.join(known) or 'none'}")
+
+
 def the_owner(request: Request, service: TheService, _described: Annotated[object, Depends(_BEARER)]) -> str:
     """Whose key the request bears; raises Refused for nobody's, and where there are none for pages of other sites."""
     if not service.keys.needed and not _is_of_this_machine(request):

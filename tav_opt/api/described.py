@@ -28,9 +28,11 @@ _REASONS = {
 
 
 def refused_with(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route, of which some are those of all that need a key."""
+    """The refusals of a route, of which some are those of all but the one that tells of health."""
     content = {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=Refusal.__name__)}}}
-    return {status: {"description": _REASONS[status], "content": content} for status in sorted({401, 403, *statuses})}
+    return {
+        status: {"description": _REASONS[status], "content": content} for status in sorted({400, 401, 403, *statuses})
+    }
 
 
 def sent_as(kinds: Mapping[Any, tuple[str, str]]) -> dict[int | str, dict[str, Any]]:

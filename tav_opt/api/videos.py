@@ -14,7 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from tav_opt.api import answers
 from tav_opt.api.answers import Deleted, Refused, Video, Videos
 from tav_opt.api.asked_fields import SOURCE
-from tav_opt.api.asking import Owner, TheService
+from tav_opt.api.asking import Owner, TheService, known_query
 from tav_opt.api.bodies import body_of
 from tav_opt.api.described import asked_by, refused_with, sent_as
 from tav_opt.api.job_files import FILES, Variant
@@ -26,7 +26,7 @@ QUIET_SECONDS = 15.0
 """After so long without news those who wait for progress are told that somebody is there."""
 _EDITS = "edits"
 """A route where the id of a video stands in others."""
-router = APIRouter(prefix="/v1/videos", tags=["videos"])
+router = APIRouter(prefix="/v1/videos", tags=["videos"], dependencies=[Depends(known_query)])
 
 
 def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService) -> Job:
@@ -42,19 +42,19 @@ def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService)
 TheJob = Annotated[Job, Depends(the_job)]
 
 
-@router.post("", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("videos"))
+@router.post("", responses=refused_with(404, 413, 415, 429, 503), openapi_extra=asked_by("videos"))
 async def create_video(request: Request, owner: Owner, service: TheService) -> Video:
     """Asks for a video: an edit of the clip that `model` names, or of `input_reference` in its place."""
     return await _create(request, owner, service, "videos")
 
 
-@router.post(f"/{_EDITS}", responses=refused_with(400, 404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
+@router.post(f"/{_EDITS}", responses=refused_with(404, 413, 415, 429, 503), openapi_extra=asked_by("edits"))
 async def edit_video(request: Request, owner: Owner, service: TheService) -> Video:
     """Asks for an edit of a video: one that is sent, or one that was made here."""
     return await _create(request, owner, service, "edits")
 
 
-@router.get("", responses=refused_with(400, 404))
+@router.get("", responses=refused_with(404))
 async def list_videos(
     owner: Owner,
     service: TheService,
@@ -83,7 +83,7 @@ async def delete_video(job: TheJob, service: TheService) -> Deleted:
     return Deleted(id=job.id)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse, responses=refused_with(400, 404) | sent_as(FILES))
+@router.get("/{video_id}/content", response_class=FileResponse, responses=refused_with(404) | sent_as(FILES))
 async def download_content(job: TheJob, service: TheService, variant: Variant = "video") -> FileResponse:
     """The MP4; a picture of it; or several of its frames side by side."""
     if job.status != "completed":

@@ -120,6 +120,8 @@ class InProcess:
 
     def begin(self, clip: str, edit: EditConfig, options: Options) -> Work:
         asked: dict[str, Any] = {name: value for name, value in options.items() if name not in ("sound", "deadline_s")}
+        maps = asked.pop("maps", {})
+        asked["control_videos"] = [maps[one.name] for one in edit.controls]
         fps = asked.get("fps") or self.clip(clip).fps
         return _Local(to_tensors(clip, edit, **asked), fps, self._answer)
 

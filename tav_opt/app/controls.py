@@ -5,24 +5,20 @@ from __future__ import annotations
 import types
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gradio as gr
-import numpy as np
 from gradio.components import Component
 
 from tav_opt.config import FILLED_IN, EditConfig, InputError, Within, described, ranges
 from tav_opt.contract import CONTROL_INPUTS, STREAM_INPUTS, Request
 
 ELSEWHERE = (
-    *("clip", "prompt", "negative_prompt", "preset", "video", "source_frames", "output", "preview_interval"),
+    *("clip", "prompt", "negative_prompt", "preset", "video", "source_frames", "mask", "output", "preview_interval"),
     *CONTROL_INPUTS,
 )
-"""Inputs of an edit that have a place of their own on the page, that it decides itself, or, maps to follow, lacks."""
+"""Inputs of an edit that have a place of their own on the page, or that it decides itself."""
 ON, OFF = "on", "off"
-
-
 MOST = 10**5
 """A range that ends above is not worth its digits."""
 
@@ -33,7 +29,7 @@ class Setting:
 
     name: str
     kind: Any
-    """int, float, bool, str, bytes, a tuple type, or the choices' values."""
+    """int, float, bool, str, a tuple type, or the choices' values."""
     doc: str = ""
     default: Any = None
     within: Within | None = None
@@ -52,9 +48,6 @@ class Setting:
         usual = "not given" if self.default is None else f"default: {words(self.default)}"
         if self.filled_in:
             usual = f"{self.filled_in}'s, or {words(self.default)}"
-        if self.kind is bytes:
-            said.pop("info")
-            return gr.File(label=f"{self.label}: {info}", type="filepath", min_width=150)
         if isinstance(self.kind, tuple):
             return gr.Dropdown([(usual, ""), *((str(one), one) for one in self.kind)], value="", **said)
         if self.kind is bool:
@@ -67,8 +60,6 @@ class Setting:
         """What a control holds as the setting's value, None where it is empty; raises InputError where it is none."""
         if shown is None or shown == "" or shown == []:
             return None
-        if self.kind is bytes:
-            return Path(shown).read_bytes()
         if self.kind is bool:
             return shown == ON
         if self.kind in (int, float):
@@ -84,7 +75,7 @@ class Setting:
     def shown(self, value: Any) -> Any:
         """The inverse of `read`: what the control shows."""
         if value is None:
-            return None if self.kind is bytes else ""
+            return ""
         return value if isinstance(self.kind, tuple) else words(value)
 
     def _several(self, shown: str) -> tuple[Any, ...]:
@@ -113,7 +104,7 @@ def _kind(hint: Any) -> Any:
         hint = next(one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return hint if hint in (int, float, bool, str, bytes) or get_origin(hint) is tuple else None
+    return hint if hint in (int, float, bool, str) or get_origin(hint) is tuple else None
 
 
 def of_fields(
@@ -169,10 +160,8 @@ def drawer(settings: Sequence[Setting], *, prefix: str, columns: int = 2) -> lis
     made: list[Any] = []
     for start in range(0, len(settings), columns):
         with gr.Row():
-            made += [
-                setting.control(elem_id=f"{prefix}-{setting.name}") if setting.kind is not bytes else setting.control()
-                for setting in settings[start : start + columns]
-            ]
+            some = settings[start : start + columns]
+            made += [setting.control(elem_id=f"{prefix}-{setting.name}") for setting in some]
     return made
 
 
@@ -185,8 +174,3 @@ def given(settings: Sequence[Setting], shown: Sequence[Any]) -> dict[str, Any]:
 def back(settings: Sequence[Setting], values: Mapping[str, Any]) -> list[Any]:
     """What the controls show for such settings."""
     return [setting.shown(values.get(setting.name)) for setting in settings]
-
-
-def storable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a browser can keep: not the files."""
-    return {name: value for name, value in values.items() if not isinstance(value, bytes | np.ndarray)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +16,11 @@ from tav_opt.app.app_config import AppConfig
 from tav_opt.app.backends import Backend, names
 from tav_opt.app.clip_source import ClipSources
 from tav_opt.app.edit_job import EditJobs, Told, was_cancelled
+from tav_opt.app.guides import Guides
 from tav_opt.app.kept_results import KINDS, Kept, KeptResults
 from tav_opt.client import Edit, Options, ServerError
 from tav_opt.client.sources import FITTING, fitted
-from tav_opt.config import FILLED_IN, PRESETS, ClipConfig, EditConfig, InputError, Preset, first_line
+from tav_opt.config import CONTROL_SETTINGS, FILLED_IN, PRESETS, ClipConfig, EditConfig, InputError, Preset, first_line
 from tav_opt.contract import ServedClip
 from tav_opt.video import Clip
 
@@ -27,6 +28,7 @@ PREVIEWS = 16
 """About as many in an edit."""
 NO_CLIP = "No clip is exported yet: tune one, then export it."
 EMPTY = '<div class="tav-empty">The clip plays here, and its edits beside it.</div>'
+FRAMES = "How many; left empty: as many as the clip has."
 AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 """Of what does not wait behind edits."""
 Updates = dict[Any, Any]
@@ -54,7 +56,8 @@ class _Asked:
     options: Options
     preset: str
     given: dict[str, Any]
-    video: str | None
+    files: str
+    """Names of what was dropped in."""
 
 
 class EditTab:
@@ -62,7 +65,13 @@ class EditTab:
 
     def __init__(self, rooms: Rooms) -> None:
         self.rooms = rooms
-        self.settings, self.fitting = controls.of_an_edit(), controls.of_fields(ClipConfig, FITTING)
+        found = controls.of_an_edit()
+        self.keeping = [setting for setting in found if setting.name in CONTROL_SETTINGS]
+        self.settings = self.keeping + [setting for setting in found if setting not in self.keeping]
+        self.fitting = [
+            replace(setting, default=None, doc=FRAMES) if setting.name == "frames" else setting
+            for setting in controls.of_fields(ClipConfig, FITTING)
+        ]
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._inputs()
@@ -85,8 +94,11 @@ class EditTab:
         )
         self.negative = gr.Textbox(label="Negative prompt", placeholder="what to stay away from", elem_id="negative")
         self.preset = gr.Radio(list(get_args(Preset)), value="exact", label="Preset", elem_id="preset")
+        self.guides = Guides()
+        with gr.Accordion("What is kept of the source", open=False, elem_id="keeping"):
+            self.shown = controls.drawer(self.keeping, prefix="set")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            self.shown = controls.drawer(self.settings, prefix="set")
+            self.shown += controls.drawer(self.settings[len(self.keeping) :], prefix="set")
         with gr.Row():
             self.go = gr.Button("Edit", variant="primary", elem_id="edit", scale=2)
             self.stop = gr.Button("Cancel", elem_id="cancel", scale=1)
@@ -118,7 +130,7 @@ class EditTab:
         begun = gr.on(
             [self.go.click, self.prompts.submit],
             self.run,
-            [*asked, *self.fitting_shown, *self.shown],
+            [*asked, *self.fitting_shown, *self.guides.inputs, *self.shown],
             [*showing, self.history, self.past],
             concurrency_limit=self.rooms.config.at_once,
             show_progress="minimal",
@@ -133,9 +145,14 @@ class EditTab:
         one = [self.past, self.history]
         self.see.click(self.show, one, showing, **AT_ONCE)
         self.compare.click(self.compared, one, showing, **AT_ONCE)
-        restored = [self.clip, self.prompts, self.negative, self.preset, *self.fitting_shown, *self.shown]
+        restored = [self.clip, self.prompts, self.negative, self.preset, *self._drawers]
         self.again.click(self.restored, one, [*restored, self.status, self.failure], **AT_ONCE)
         self.forget.click(self.forgotten, one, [self.history, self.past], **AT_ONCE)
+
+    @property
+    def _drawers(self) -> list[Any]:
+        """What settings are shown in, but for files."""
+        return [*self.fitting_shown, *self.guides.shown, *self.shown]
 
     def opened(self, clip: str | None, history: Any) -> list[Any]:
         """What `loaded` shows when a browser opens the page: the clips of now, the first one's source, the history."""
@@ -203,22 +220,35 @@ class EditTab:
     ) -> _Asked:
         if not clip:
             raise InputError(NO_CLIP)
-        fitting = controls.given(self.fitting, shown[: len(self.fitting)])
-        given = controls.given(self.settings, shown[len(self.fitting) :])
+        count = len(self.fitting)
+        guides_end = count + len(self.guides.inputs)
+        fitting = controls.given(self.fitting, shown[:count])
+        guided = self.guides.read(*shown[count:guides_end])
+        given = controls.given(self.settings, shown[guides_end:])
+        if fitting and video is None:
+            raise InputError(f"{next(iter(fitting))} is of another video in the clip's place: there is none")
         own = {one.name for one in fields(EditConfig)}
         lines = tuple(line.strip() for line in prompts.splitlines() if line.strip())
         settings = {name: value for name, value in given.items() if name in own}
-        edit = EditConfig(prompts=lines, negative_prompt=negative, **settings)
+        edit = EditConfig(prompts=lines, negative_prompt=negative, **settings, **guided.of_edit)
         steps = given.get("steps") or PRESETS.get(preset, {}).get("steps", EditConfig.steps)  # type: ignore[call-overload]
         options: Any = {name: value for name, value in given.items() if name not in own}
         options |= {"preset": preset, "left_out": set(FILLED_IN) - set(settings), "output": "frames"}
         options |= {"preview_interval": max(1, steps // PREVIEWS)}
         served = self.rooms.backend.clip(clip)
-        if video is not None:
-            options = fitted(options | fitting, Path(video), served, began=time.monotonic())
-        name = Path(video).name if video is not None else None
+        source = Path(video) if video is not None else None
+        options = fitted(options | fitting, source, served, mask=guided.mask, began=time.monotonic())
+        if guided.maps:
+            frames = options.get("source_frames")
+            options["maps"] = guided.fitted_maps(served.frames if frames is None else len(frames), served)
         return _Asked(
-            clip=clip, served=served, edit=edit, options=options, preset=preset, given={**fitting, **given}, video=name
+            clip=clip,
+            served=served,
+            edit=edit,
+            options=options,
+            preset=preset,
+            given={**fitting, **guided.settings, **given},
+            files=", ".join([*([source.name] if source else []), *guided.files]),
         )
 
     def _under_way(self, asked: _Asked, told: Told) -> Updates:
@@ -235,10 +265,9 @@ class EditTab:
 
     def _done(self, asked: _Asked, edit: Edit, seconds: float, history: Any) -> Updates:
         kept = self.rooms.results.keep(edit, asked.edit.prompts, self._edited(asked), asked.served.prompt)
-        settings = controls.storable(asked.given)
         about = {"clip": asked.clip, "negative_prompt": asked.edit.negative_prompt, "preset": asked.preset}
         entries = [
-            edit_history.entry(one.key, prompt, seconds, settings=settings, video=asked.video, **about)
+            edit_history.entry(one.key, prompt, seconds, settings=asked.given, files=asked.files, **about)
             for one, prompt in zip(kept, asked.edit.prompts, strict=True)
         ]
         history = edit_history.added(history, entries)
@@ -309,15 +338,14 @@ class EditTab:
         entry = edit_history.find(history, chosen[0]) if chosen and len(chosen) == 1 else None
         if entry is None:
             return {self.status: markup.note("Choose one edit whose settings to use."), self.failure: ""}
-        drawers = [*self.fitting_shown, *self.shown]
-        values = controls.back([*self.fitting, *self.settings], entry["settings"])
-        lost = f" It was made of {entry['video']}: drop that video again." if entry.get("video") else ""
+        values = controls.back([*self.fitting, *self.guides.settings, *self.settings], entry["settings"])
+        lost = f" It was made with {entry['files']}: drop that in again." if entry.get("files") else ""
         return {
             self.clip: entry["clip"],
             self.prompts: entry["prompt"],
             self.negative: entry["negative_prompt"],
             self.preset: entry["preset"],
-            **dict(zip(drawers, values, strict=True)),
+            **dict(zip(self._drawers, values, strict=True)),
             self.status: markup.note(f"The settings are back.{lost}"),
             self.failure: "",
         }

@@ -75,8 +75,8 @@ def thumbnails(frames: np.ndarray, numbers: Iterable[int]) -> str:
 
 def pictures(paths: Iterable[Path]) -> str:
     """Files, below each other, each named as it is."""
-    found = (f'<img src="{escape(address(path))}" alt="preview {escape(path.stem)}">' for path in paths)
-    return f'<div class="tav-pictures">{"".join(found)}</div>'
+    found = "".join(f'<img src="{escape(address(path))}" alt="preview {escape(path.stem)}">' for path in paths)
+    return found and f'<div class="tav-pictures">{found}</div>'
 
 
 def _webp(frames: np.ndarray, fps: float) -> str:

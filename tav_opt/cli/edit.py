@@ -95,13 +95,13 @@ def run(arguments: Sequence[str]) -> None:
     from tav_opt.video import contact_sheet
     from tav_opt.video.restoring import restored
 
+    args = clip.info.edited(args, given, args.preset)
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))
     engine = _opened(args, clip)
     shape = _shape(engine.info) if args.size == "source" else None
     latents = engine.source_latents
     place = latents.device if clip.exported else told(latents.device, latents.dtype)
-    args = engine.info.edited(args, given, args.preset)
     for who, found in (("clip", engine.info.edit), (f"preset {args.preset}", PRESETS[args.preset])):
         if own := {name: value for name, value in found.items() if name not in given and getattr(args, name) == value}:
             print(f"tav-opt edit: {listed(own)}, as the {who} brings it", file=sys.stderr)

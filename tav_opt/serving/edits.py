@@ -72,12 +72,12 @@ class Editor:
         go_on()
         request = from_tensors(tensors)
         report.request = request
-        editing.check(request.edit)
+        editing.check(request.edit, complete=False)
         with report.stage("open"):
             engine = self.clips(request.clip)
         request = replace(request, edit=engine.info.edited(request.edit, request.given, request.preset))
         check_request(request)
-        editing.check(request.edit)  # with what the clip and the preset bring
+        editing.check(request.edit)
         editing.check_engine(engine, request.edit)
         report.request, report.engine = request, engine.kind
         _check_source(request, engine, self.longest_source)
