@@ -29,7 +29,7 @@ def things(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_controlnet(base, folder / "fits", 1)
     unet = UNet2DConditionModel.load_config(base / "unet")
     shared = {name: unet[name] for name in ("down_block_types", "layers_per_block", "norm_num_groups")}
-    for name, widths, text in (("text", unet["block_out_channels"], 64), ("widths", [32, 64], 32)):
+    for name, widths, text in (("text", unet["block_out_channels"], 64), ("widths", [32, 32, 64, 64], 32)):
         net = ControlNetModel(**shared, block_out_channels=widths, cross_attention_dim=text, attention_head_dim=2)
         randomised(net, 2).save_pretrained(folder / name)
     T2IAdapter(3, [16, 32, 32, 64], 1, 8).save_pretrained(folder / "deep")
