@@ -1,4 +1,4 @@
-"""Checkpoints to time: the demo's model, Stable Diffusion 1.5 with random weights, or one that was tuned."""
+"""Checkpoints to time: the demo's model, a random Stable Diffusion 1.5, as it is or narrow, or one that was tuned."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ DEMO_MODEL = Path(models.__file__).parent / "demo" / "model"
 def prepare(preset: str, folder: Path, *, frames: int, size: int | None, steps: int) -> Path:
     """The checkpoint to time, and untuned: the same arithmetic on values that nobody trained.
 
-    preset is `demo` (random weights until the package ships trained ones: as fast), `sd15`, or a checkpoint's folder,
-    which is taken as it is. Raises InputError for anything else.
+    preset is `demo` (random weights until the package ships trained ones: as fast), `sd15`, `like-sd15` (its blocks at
+    widths of the demo's), or a checkpoint's folder, which is taken as it is. Raises InputError for anything else.
     """
-    if preset not in ("demo", "sd15"):
+    if preset not in ("demo", "sd15", "like-sd15"):
         if not checkpoint.is_checkpoint(Path(preset)):
-            raise InputError(f"preset {preset!r} is neither demo, sd15, nor a checkpoint's folder")
+            raise InputError(f"preset {preset!r} is neither demo, sd15, like-sd15, nor a checkpoint's folder")
         return Path(preset)
-    if preset == "sd15":
-        base = random_sd15(folder / "sd15")
+    if preset != "demo":
+        base = random_sd15(folder / preset, kind="whole" if preset == "sd15" else "like")
     else:
         base = DEMO_MODEL if DEMO_MODEL.is_dir() else write_random_model(folder / "demo")
     return untuned(base, folder / "checkpoint", frames=frames, size=size, steps=steps)
@@ -63,9 +63,9 @@ def untuned(base: Path, folder: Path, *, frames: int, size: int | None, steps: i
     return folder
 
 
-def random_sd15(folder: Path) -> Path:
-    """A directory with Stable Diffusion 1.5's architecture and random weights (4.3 GB on disk)."""
-    made = sd15.parts(torch.device("cpu"), torch.float32)
+def random_sd15(folder: Path, *, kind: sd15.Kind = "whole") -> Path:
+    """A directory with Stable Diffusion 1.5's architecture and random weights (4.3 GB on disk, as it is)."""
+    made = sd15.parts(torch.device("cpu"), torch.float32, kind=kind)
     for field in fields(made):
         getattr(made, field.name).save_pretrained(folder / field.name)
     return folder

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -62,6 +63,21 @@ SMALL_UNET = {
     "layers_per_block": 1,
 }
 """That of a dry run: as many kinds of parts, few of each."""
+LIKE_UNET = {
+    "sample_size": 16,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "block_out_channels": (64, 128, 192, 192),
+}
+"""Its blocks, all of them, at widths of the demo's."""
+LIKE_VAE = {
+    "block_out_channels": (32, 32, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "sample_size": 128,
+}
 SMALL_VAE = {
     "block_out_channels": (32, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -93,13 +109,23 @@ class Parts:
     scheduler: DDIMScheduler
 
 
-def parts(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Parts:
+Kind = Literal["whole", "like", "small"]
+"""As it is, with all its blocks at widths of the demo's, or for a dry run."""
+_KINDS: dict[Kind, tuple[dict[str, Any], dict[str, Any], CLIPTextConfig]] = {
+    "whole": (UNET, VAE, TEXT),
+    "like": (LIKE_UNET, LIKE_VAE, SMALL_TEXT),
+    "small": (SMALL_UNET, SMALL_VAE, SMALL_TEXT),
+}
+
+
+def parts(device: torch.device, dtype: torch.dtype, *, kind: Kind = "whole") -> Parts:
     """All parts, the same at every call on one kind of device."""
     torch.manual_seed(0)
+    unet_settings, vae_settings, text_config = _KINDS[kind]
     with device, _default(dtype):
-        unet = UNet2DConditionModel(**(SMALL_UNET if small else UNET))
-        vae = AutoencoderKL(**(SMALL_VAE if small else VAE))
-        text_encoder = CLIPTextModel(SMALL_TEXT if small else TEXT)
+        unet = UNet2DConditionModel(**unet_settings)
+        vae = AutoencoderKL(**vae_settings)
+        text_encoder = CLIPTextModel(text_config)
     return Parts(
         unet=unet,
         vae=vae,
@@ -111,7 +137,7 @@ def parts(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> P
 
 def stable_diffusion(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> StableDiffusion:
     """The same, its UNet inflated, ready to edit with; temporal attention is random, so that it counts."""
-    made = parts(device, dtype, small=small)
+    made = parts(device, dtype, kind="small" if small else "whole")
     with device, _default(dtype):
         unet = inflate(made.unet)
         for name, value in unet.named_parameters():

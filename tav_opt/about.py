@@ -9,7 +9,7 @@ from typing import Any
 from tav_opt.clip_folder import ClipFolder
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import CLIP_NAME, MAX_PROMPTS, ClipInfo
-from tav_opt.repository import clips, layout
+from tav_opt.repository import clips, layout, specs
 from tav_opt.video.containers import LOCAL, still
 
 Facts = dict[str, Any]
@@ -104,18 +104,26 @@ def _memory(info: ClipInfo) -> Facts:
 
 
 def _memory_exported(clip: ClipFolder) -> Facts:
-    """Of a guided edit of one prompt by onnxruntime on the processor: what is loaded, and what a run adds."""
-    from tav_opt.memory.graph import WorkingMemory
+    """Of a guided edit of one prompt by onnxruntime on the processor: what is loaded, and what a run adds.
+
+    And what each graph that was added to the base adds from the first edit on that asks for it.
+    """
+    from tav_opt.memory.graph import WorkingMemory, weights_bytes
 
     home, info = layout.base_of(clip.path), clip.info
-    graphs = {path.stem: path for path in home.glob("*.onnx")}
-    if not graphs:
+    own = {path.stem: path for path in home.glob("*.onnx")}
+    if not own:
         return {"memory_unknown": f"{home} holds no graphs"}
+    added = {name: (own.pop(name), spec) for name, spec in specs.added(home).items() if name in own}
     rows = {"text_encoder": MAX_PROMPTS + 1, "unet": 2, "vae_decoder": min(4, info.frames)}
-    held = 2 * sum(path.stat().st_size for path in home.glob("*.onnx*"))
-    work = sum(WorkingMemory.of(graphs[name]).bytes(count) for name, count in rows.items() if name in graphs)
+    held = 2 * sum(weights_bytes(path) for path in own.values())
+    work = sum(WorkingMemory.of(own[name]).bytes(count) for name, count in rows.items() if name in own)
     values = (clip.path / "values.safetensors").stat().st_size
-    return {"memory_bytes": {"loaded": held + values, "added by an edit": work}}
+    found: Facts = {"loaded": held + values, "added by an edit": work}
+    for name, (path, spec) in added.items():
+        count = 3 if "self_source" in spec.further else rows["unet" if spec.is_unet else "vae_decoder"]
+        found[f"with {name}"] = 2 * weights_bytes(path) + WorkingMemory.of(path).bytes(count)
+    return {"memory_bytes": found}
 
 
 def _repository(repository: Path) -> Facts:

@@ -106,6 +106,13 @@ class BaseManifest(Manifest):
     added: Mapping[FileName, _Added] = {}
 
 
+class _Made(_Files):
+    """Of a graph that came to a base later, in another form than ONNX."""
+
+    made_of: Files
+    needs: Annotated[int, Field(ge=0)] = 0
+
+
 class _Machine(_Checked):
     features: list[Text] = []
 
@@ -116,6 +123,7 @@ class ProgramsManifest(Manifest):
     made_of: Files
     machine: _Machine = _Machine()
     files: Files
+    added: Mapping[FileName, _Made] = {}
 
 
 class _Contract(_Checked):
@@ -131,6 +139,7 @@ class EnginesManifest(Manifest):
     contract: _Contract
     contract_hash: Text
     files: Files
+    added: Mapping[FileName, _Made] = {}
 
 
 def check(kind: type[BaseModel], value: Any, where: object) -> None:

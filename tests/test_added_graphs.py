@@ -13,6 +13,7 @@ import torch
 from exported import Exported, export_once, open_base, write_other
 from torch import Tensor
 
+from tav_opt.about import about
 from tav_opt.config import EngineName, InputError
 from tav_opt.engines.exported import ExportedEngine
 from tav_opt.engines.pytorch import open_checkpoint
@@ -128,6 +129,15 @@ def test_an_added_graph_is_loaded_when_it_is_first_asked_for(exported: Exported,
     assert clip.extra_bytes(1, told=told) > clip.extra_bytes(1) + weights
     clip.predict(eager.inverted_latents, 301, told)
     assert clip.extra_bytes(1, told=told) < needed - weights
+
+
+def test_info_tells_what_an_added_graph_takes(exported: Exported, added: Mapping[str, float]) -> None:
+    memory = about(exported.version / "clips" / "first")["memory_bytes"]
+    weights = (exported.base / "unet.onnx.data").stat().st_size
+    assert {*memory} == {"loaded", "added by an edit", "with unet_adapted"}
+    assert memory["with unet_adapted"] > 2 * 0.9 * weights
+    own = sum((exported.base / f"{name}.onnx.data").stat().st_size for name in specs.read(exported.base))
+    assert 2 * own < memory["loaded"] < 2 * own + 2 * weights, "what was added is loaded later"
 
 
 def test_another_graph_of_the_name_is_refused_and_the_same_is_left(

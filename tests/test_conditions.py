@@ -10,7 +10,7 @@ import numpy as np
 import owned
 import pytest
 import torch
-from controls import maps_of, write_adapter, write_controlnet
+from controls import maps_of, randomised, write_adapter, write_controlnet
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     T2IAdapter,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tav_opt import editing, models, windows
@@ -26,10 +27,21 @@ from tav_opt.conditions import condition
 from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.pytorch import TorchEngine, load_networks
+from tav_opt.memory import eager
+from tav_opt.memory.networks import network_bytes
 from tav_opt.models import StableDiffusion
 
 SIDE, STEPS, SCALE = 64, 10, 7.5
 PROMPT = "a panda is skiing"
+SHARED_WITH_UNET = (
+    "in_channels",
+    "down_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "norm_num_groups",
+)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +305,67 @@ def test_networks_of_other_bases_and_other_files_are_refused(
     (tmp_path / "other.safetensors").write_bytes((places["depth"] / single.name).read_bytes())
     with pytest.raises(InputError, match="is no ControlNet for this base"):
         load_networks(sd, {"pose": tmp_path / "other.safetensors"}, {})
+
+
+HINT = {"conv_in": 0, "conv_out": 14} | {f"blocks.{number}": 2 + 2 * number for number in range(6)}
+"""Of the convolutions that look at maps, in ControlNet's own files."""
+
+
+def _own_name(name: str, layers: int, blocks: int) -> str:
+    """A ControlNet's parameter as its authors name it."""
+    part, _, kind = name.rpartition(".")
+    if part.startswith("controlnet_cond_embedding."):
+        return f"input_hint_block.{HINT[part.partition('.')[2]]}.{kind}"
+    if part.startswith("controlnet_down_blocks."):
+        return f"zero_convs.{part.rpartition('.')[2]}.0.{kind}"
+    if part == "controlnet_mid_block":
+        return f"middle_block_out.0.{kind}"
+    return owned.unet_name(name, layers, blocks)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "its authors'"])
+def test_a_single_file_is_the_same_network(sd: StableDiffusion, tmp_path: Path, layout: str) -> None:
+    settings = {name: value for name, value in sd.unet.config.items() if name in SHARED_WITH_UNET}
+    net = randomised(ControlNetModel(**settings), 3)
+    tensors = net.state_dict()
+    if layout != "diffusers":
+        counts = settings["layers_per_block"], len(settings["block_out_channels"])
+        tensors = {f"control_model.{_own_name(name, *counts)}": value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "own.safetensors")
+    (found,) = load_networks(sd, {"pose": tmp_path / "own.safetensors"}, {}).values()
+    torch.manual_seed(4)
+    given = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 32), torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        down, mid = net(*given, return_dict=False)
+    made = found.run(**dict(zip(("latents", "timestep", "text", "maps"), given, strict=True)))
+    for name, expected in zip(found.names, (*down, mid), strict=True):
+        torch.testing.assert_close(made[name], expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_in_a_single_file_says_what_to_give(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    file = next(places["depth"].glob("*.safetensors"))
+    with pytest.raises(InputError, match="does not tell an adapter's kind: give a directory of diffusers"):
+        load_networks(sd, {}, {"depth": file})
+
+
+def test_memory_of_networks_is_counted(
+    sd: StableDiffusion, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames, nets = 3, _engine(sd, places, 3).networks
+    total = []
+    for one in (nets["pose"], nets["sketch"]):
+        latents, text = torch.zeros(2, 4, frames, 8, 8), torch.zeros(2, 16, 32)
+        made = one.following(torch.zeros(frames, 3, SIDE, SIDE), 1.0)(latents, torch.tensor(3), text)
+        weights = sum(4 * p.numel() for p in one.module.parameters())
+        found = network_bytes(one.module, frames, SIDE, SIDE, sd.vae_factor, rows=2)
+        assert weights + 2 * sum(4 * x.numel() for x in made.values()) < found < 100 * 2**20
+        total.append(found - weights)
+    needed = eager.estimate_editing(sd, frames, SIDE, SIDE)
+    loaded = sum(p.numel() * p.element_size() for part in (sd.unet, sd.vae, sd.text_encoder) for p in part.parameters())
+    monkeypatch.setattr(eager, "free_bytes", lambda _device: needed - loaded + sum(total) - 1)
+    eager.check_editing(sd, frames, SIDE, SIDE, networks=[nets["pose"].module])
+    with pytest.raises(InputError, match="editing 3 frames of 64×64 by 2 networks that follow maps needs about"):
+        eager.check_editing(sd, frames, SIDE, SIDE, networks=[nets["pose"].module, nets["sketch"].module])
 
 
 def test_inversion_takes_conditions_only_where_it_is_told_to(sd: StableDiffusion, places: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -150,6 +151,27 @@ def test_a_base_that_is_fetched_again_keeps_the_engines_that_were_built_here(buc
     assert {path.name for path in (base / "engines").iterdir()} == {".lock", "own", "sm_90-fp16"}
     shutil.rmtree(base / "engines" / "own")
     assert content(tmp_path) == content(there)
+
+
+def test_of_a_base_that_got_a_graph_the_graph_alone_is_fetched(bucket, there, tmp_path, monkeypatch):
+    pull(bucket, tmp_path)
+    base, fetch, fetched = next((there / VERSION / "base").iterdir()).name, pulling._Source.fetch, []
+    store, folder = fsspec.filesystem("memory"), f"/bucket/clips/{VERSION}/base/{base}"
+    manifest = json.loads(store.cat(f"{folder}/manifest.json"))
+    store.pipe(f"{folder}/unet_more.onnx", b"a graph")
+    graph = next(one for one in manifest["graphs"] if one["name"] == "unet") | {"name": "unet_more"}
+    added = {"graph": graph, "files": {"unet_more.onnx": hashlib.sha256(b"a graph").hexdigest()}}
+    store.pipe(f"{folder}/manifest.json", json.dumps({**manifest, "added": {"unet_more": added}}).encode())
+
+    def counted(source, folder, name, here):
+        fetched.append(name)
+        fetch(source, folder, name, here)
+
+    monkeypatch.setattr(pulling._Source, "fetch", counted)
+    (one,) = [one for one in pull(bucket, tmp_path) if one.size]
+    assert {*fetched} == {"manifest.json", "unet_more.onnx"}
+    assert one.size == len(store.cat(f"{folder}/manifest.json")) + len(b"a graph")
+    assert clips.verify(tmp_path) == [] and (tmp_path / VERSION / "base" / base / "unet_more.onnx").is_file()
 
 
 @pytest.mark.parametrize("state", ["fresh", "old"])

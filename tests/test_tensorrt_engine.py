@@ -136,6 +136,31 @@ def test_clips_switch_and_their_values_are_copied_once(
         assert len(copies) == copied, "one copy a switch, none where the clip was there already"
 
 
+class Above:
+    """An engine of so many rows, each of which adds the one that stands so many above it."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        x, above = inputs["x"], inputs["self_source"]
+        assert len(x) == self.rows
+        return {"y": x + x[(torch.arange(len(x)) - above).clamp(min=0)]}
+
+
+@pytest.mark.parametrize("above", [[0, 0, 2], [0, 1], [0, 0, 2, 0, 1, 2], [0, 1, 0, 1], [0] * 7, [0, 0, 2, 0, 0]])
+def test_rows_that_need_each_other_go_through_in_one_call(above: list[int]) -> None:
+    """Edits side by side, as attention control has them: the source, without and with the prompt."""
+    given = {"x": torch.arange(1.0, len(above) + 1), "self_source": torch.tensor(above)}
+    found = tensorrt.Batched([Above(3)])(**given)["y"]  # type: ignore[list-item]
+    assert torch.equal(found, Above(len(above))(given)["y"])
+
+
+def test_more_rows_than_an_engine_has_are_refused_where_they_need_each_other() -> None:
+    with pytest.raises(InputError, match="more than the 2 of an engine"):
+        tensorrt.Batched([Above(1), Above(2)])(x=torch.ones(3), self_source=torch.tensor([0, 0, 2]))  # type: ignore[list-item]
+
+
 @pytest.fixture
 def copied(version: Path, tmp_path: Path) -> Path:
     """The base, to be spoilt."""

@@ -45,7 +45,7 @@ def norms(report: Report) -> None:
 
 def shapes(*, small: bool) -> Counter[Shape]:
     """How often each shape comes before SiLU in the resnets of the UNet, which runs without memory."""
-    made = sd15.parts(torch.device("meta"), torch.float16, small=small)
+    made = sd15.parts(torch.device("meta"), torch.float16, kind="small" if small else "whole")
     with torch.device("meta"):
         unet = inflate(made.unet).half()
     found = Counter[Shape]()

@@ -25,6 +25,8 @@ class ControlNet:
     """Takes latents (n,c,h,w), timestep (n,), text (n,tokens,width) and maps (n,3,H,W)."""
     names: tuple[str, ...]
     at_once: int = AT_ONCE
+    module: nn.Module | None = None
+    """What is run, where that is in eager PyTorch: its memory is counted."""
 
     def following(self, maps: Tensor, scale: float) -> Residuals:
         def residuals(latents: Tensor, timestep: Timestep, text: Tensor) -> dict[str, Tensor]:
@@ -50,6 +52,8 @@ class Adapter:
     """Takes maps (n,3,H,W)."""
     names: tuple[str, ...]
     at_once: int = AT_ONCE
+    module: nn.Module | None = None
+    """What is run, where that is in eager PyTorch: its memory is counted."""
 
     def following(self, maps: Tensor, scale: float) -> Residuals:
         made = [self.run(maps=part) for part in maps.split(self.at_once)]

@@ -16,16 +16,21 @@ from tav_opt.checkpoint import load_tensors
 from tav_opt.config import InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.cuda_graph import Replayed, SharedValues
-from tav_opt.engines.exported import Call, revision_of
+from tav_opt.engines.exported import Call, Late, revision_of
 from tav_opt.memory.graph import WorkingMemory
 from tav_opt.repository import layout, specs
-from tav_opt.repository.layout import ENGINES, MANIFEST, check_unaltered
+from tav_opt.repository.layout import ENGINES, MANIFEST, check_added, check_unaltered, made_of_added
 from tav_opt.repository.specs import GraphSpec
 from tav_opt.schemas import ProgramsManifest
 
 TARGET = "compiled"
 WEIGHTS = "weights.safetensors"
 """The frozen weights of all programs, by program and name."""
+
+
+def own_weights(name: str) -> str:
+    """The file of what a program that was added has of weights beside those of the UNet's."""
+    return f"{name}.safetensors"
 
 
 def precision_of(device: torch.device) -> torch.dtype:
@@ -92,17 +97,20 @@ def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
 
 def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
     """What opening it takes in memory."""
-    return sum(path.stat().st_size for path in folder_of(base, device).iterdir())
+    folder = folder_of(base, device)
+    return sum((folder / file).stat().st_size for file in layout.manifest(folder, ProgramsManifest)["files"])
 
 
 class CompiledGraphs:
     """The programs of one base; see `exported.Graphs`.
 
-    On CUDA each is a CUDA graph for every number of rows that it is called with: all read one copy of a clip's values.
+    On CUDA each is a CUDA graph for every number of rows that it is called with: all read one copy of a clip's values,
+    and all of the UNet's one copy of its weights.
     """
 
     frames_at_once = 4
     has_threads = False
+    made_by = f"--target {TARGET}"
 
     def __init__(
         self,
@@ -115,31 +123,49 @@ class CompiledGraphs:
     ) -> None:
         """`folder`: of programs that do not have their place yet."""
         self.device = device
-        self._specs = specs.read(base)
-        folder = folder or folder_of(base, device)
-        check_unaltered(folder, (WEIGHTS, *(f"{name}.pt2" for name in self._specs)))
-        manifest = layout.manifest(folder, ProgramsManifest)
-        self.revision = revision_of(manifest["files"])
+        own = specs.read(base)
+        self._folder = folder = folder or folder_of(base, device)
+        check_unaltered(folder, (WEIGHTS, *(f"{name}.pt2" for name in own)))
+        self.revision = revision_of(layout.manifest(folder, ProgramsManifest)["files"])
+        self._added = made_of_added(folder, base)
+        self._specs = own | {name: spec for name, spec in specs.added(base).items() if name in self._added}
         # Of the same graphs.
         self._working = {name: WorkingMemory.of(base / spec.file) for name, spec in self._specs.items()}
         self._lock = threading.Lock()
-        weights = load_tensors(folder / WEIGHTS)
-        programs = {name: opened(folder / f"{name}.pt2", name, weights, device) for name in self._specs}
+        self._weights = on_device(load_tensors(folder / WEIGHTS), device)
+        self._programs = {name: opened(folder / f"{name}.pt2", name, self._weights, device) for name in own}
         half = precision_of(device) == torch.float16
-        self._runner: Runner = OnGpu(programs, device) if half else Direct(programs)
+        self._runner: Runner = OnGpu(self._programs, device) if half else Direct(self._programs)
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         own = {name: value.to(self.device, precision_of(self.device)) for name, value in values.items()}
         calls: dict[str, Call] = {name: partial(self._run, spec, own) for name, spec in self._specs.items()}
+        calls |= {name: Late(partial(self._ready, self._specs[name], own)) for name in self._added}
         return calls, sum(value.nbytes for value in own.values())
+
+    def _ready(self, spec: GraphSpec, own: dict[str, Tensor]) -> Call:
+        """A program that was added, opened for the first clip that asks for it."""
+        with self._lock:
+            if spec.name not in self._programs:
+                check_added(self._folder, spec.name)
+                weights = with_unets(spec, self._weights)
+                if own_weights(spec.name) in self._added[spec.name]["files"]:
+                    weights |= on_device(load_tensors(self._folder / own_weights(spec.name)), self.device)
+                self._programs[spec.name] = opened(self._folder / f"{spec.name}.pt2", spec.name, weights, self.device)
+        return partial(self._run, spec, own)
 
     def _run(self, spec: GraphSpec, own: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
         with self._lock, torch.no_grad():
             return self._runner(spec, inputs, own if spec.values else None)
 
     def extra_bytes(self, items: Mapping[str, int]) -> int:
-        """Of the largest: what a program takes it gives back before the next one runs, or shares with it."""
-        return max(self._working[name].bytes(count) for name, count in items.items())
+        """Of the largest: what a program takes it gives back before the next one runs, or shares with it.
+
+        And of those that are yet to be opened, what they have beside the UNet's weights.
+        """
+        unopened = [self._added[name]["files"] for name in items if name in self._added and name not in self._programs]
+        loaded = sum((self._folder / file).stat().st_size for files in unopened for file in files)
+        return loaded + max(self._working[name].bytes(count) for name, count in items.items())
 
 
 class Runner(Protocol):
@@ -200,8 +226,16 @@ class OnGpu:
         return Replayed(launch, buffers, self._device, self._pool)
 
 
+def with_unets(spec: GraphSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the base's own UNet by the names that another program of it has them by."""
+    if not spec.is_unet:
+        return {}
+    own = {name.removeprefix("unet."): weight for name, weight in weights.items() if name.startswith("unet.")}
+    return {f"{spec.name}.{name}": weight for name, weight in own.items()}
+
+
 def opened(path: Path, name: str, weights: Mapping[str, Tensor], device: torch.device) -> Any:
-    """A program with its weights, which a processor's shares with whoever else holds them."""
+    """A program with its weights; those that `on_device` has laid out it shares with whoever else holds them."""
     import tav_opt.kernels.sparse_causal
     import tav_opt.kernels.temporal  # noqa: F401
 
@@ -214,6 +248,11 @@ def opened(path: Path, name: str, weights: Mapping[str, Tensor], device: torch.d
     own = {fqn: laid_out(weights[f"{name}.{fqn}"], device) for fqn in program.get_constant_fqns()}
     program.load_constants(own, check_full_update=True, user_managed=True)
     return program
+
+
+def on_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Weights as programs read them."""
+    return {name: laid_out(weight, device) for name, weight in weights.items()}
 
 
 def laid_out(weight: Tensor, device: torch.device) -> Tensor:

@@ -63,6 +63,8 @@ class Graphs(Protocol):
     """What the VAE takes in one call."""
     has_threads: bool
     """Whether the runtime computes on threads of its own, with which PyTorch's must not compete."""
+    made_by: str
+    """The export's options by which graphs that were added to the base are made for it."""
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         """Each graph with a clip's own values, by the names of graphs' inputs; and the bytes that they hold.
@@ -221,6 +223,7 @@ class ExportedEngine:
             unets |= {name for name, spec in self.base.added.items() if spec.is_unet and {*spec.further} <= {*added}}
         items = {"text_encoder": MAX_PROMPTS + 1, "vae_decoder": part, "vae_encoder": part * encode}
         items |= dict.fromkeys(networks, part) | dict.fromkeys(unets, 2 * prompts * windows)
+        items = {name: count for name, count in items.items() if name in self.calls}  # what is not, is refused
         pixels = self.info.frames * self.info.height * self.info.width * 3
         # What is added: as the networks give it, of all frames, and as the UNet takes it.
         both = max(frames, self.info.frames) + windows * self.info.network_frames
@@ -248,16 +251,21 @@ class ExportedEngine:
 
     @cached_property
     def networks(self) -> Mapping[str, Network]:
-        """Those that were exported with the base; raises InputError where its runtime has them not."""
+        """Those that were exported with the base for its runtime; raises InputError where none of them was."""
+        there = {graph: spec for graph, spec in self.base.added.items() if graph.partition("_")[0] in NETWORKS}
+        if there and not there.keys() & self.calls.keys():
+            self._check_made(min(there))
         found: dict[str, Network] = {}
-        for graph, spec in self.base.added.items():
+        for graph in there.keys() & self.calls.keys():
             kind, _, name = graph.partition("_")
-            if kind in NETWORKS:
-                if graph not in self.calls:
-                    raise InputError(f"{self.kind} runs none of the base's networks that follow maps: onnxruntime does")
-                names = tuple(output.name for output in spec.outputs)
-                found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once)
+            names = tuple(output.name for output in there[graph].outputs)
+            found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once)
         return found
+
+    def _check_made(self, graph: str) -> None:
+        if graph not in self.calls:
+            made_by = self.base.graphs.made_by
+            raise InputError(f"{self.kind} has not {graph} of base {self.base.folder.name}: export it with {made_by}")
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         return self.calls["text_encoder"](input_ids=self.base.tokenize(prompts))["text"]
@@ -280,8 +288,7 @@ class ExportedEngine:
 
     def _unet_for(self, told: Collection[str]) -> str:
         unet = self.base.unet_for(told)
-        if unet not in self.calls:
-            raise InputError(f"{self.kind} has not {unet} of base {self.base.folder.name}: export it for {self.kind}")
+        self._check_made(unet)
         return unet
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from tav_opt.contract import ClipInfo
 from tav_opt.engines.exported import Call, Late, usable_cores
 from tav_opt.memory.graph import WorkingMemory, weights_bytes
 from tav_opt.repository import layout, specs
-from tav_opt.repository.layout import ENGINES, check_added, check_unaltered
+from tav_opt.repository.layout import ENGINES, check_added, check_unaltered, made_of_added
 from tav_opt.repository.specs import GraphSpec, TensorSpec
 from tav_opt.schemas import ProgramsManifest
 
@@ -27,6 +28,11 @@ CUDA = "CUDAExecutionProvider"
 
 HALF_UNET = "unet.fp16.onnx"
 """The UNet in fp16 that GPUs take where it was exported; its weights lie beside it."""
+
+
+def half_file(name: str) -> str:
+    """The file of a graph that was added to the base, in fp16, beside the UNet's."""
+    return f"{name}.fp16.onnx"
 
 
 def half_folder(base: Path) -> Path:
@@ -60,6 +66,20 @@ def graph_files(base: Path, device: torch.device) -> dict[str, tuple[Path, Graph
         inputs = {parameter: value.name for parameter, value in found["unet"][1].values.items()}
         found["unet"] = path, specs.of_onnx(path, inputs)
     return found
+
+
+def added_files(base: Path, device: torch.device) -> dict[str, tuple[Path, GraphSpec]]:
+    """The graphs that were added to a base and are run on a device, by name: in fp16 where its own UNet is."""
+    found = specs.added(base)
+    if precision(base, device) != "fp16":
+        return {name: (base / spec.file, spec) for name, spec in found.items()}
+    folder = half_folder(base)
+    return {name: (folder / half_file(name), _in_half(found[name])) for name in made_of_added(folder, base)}
+
+
+def _in_half(spec: GraphSpec) -> GraphSpec:
+    """Of its tensors, a clip's values alone are fp16."""
+    return replace(spec, values={name: replace(value, dtype="float16") for name, value in spec.values.items()})
 
 
 @cache
@@ -196,6 +216,8 @@ class OnnxGraphs:
 
     frames_at_once = 4
     has_threads = True
+    made_by = "--half"
+    """In fp16; those of fp32 are there."""
 
     def __init__(self, folder: Path, _info: ClipInfo, device: torch.device, threads: int | None = None) -> None:
         self.device = device
@@ -203,9 +225,8 @@ class OnnxGraphs:
         half = self.revision == "fp16"
         if half:
             check_unaltered(half_folder(folder), (HALF_UNET,))
-        self._folder, self._open = folder, partial(session, device=device, threads=threads, tf32=half)
-        found = graph_files(folder, device)
-        self._added = {name: (folder / spec.file, spec) for name, spec in specs.added(folder).items()}
+        self._open = partial(session, device=device, threads=threads, tf32=half)
+        found, self._added = graph_files(folder, device), added_files(folder, device)
         self._specs = {name: spec for name, (_, spec) in (found | self._added).items()}
         self._sessions = {name: self._open(path) for name, (path, _) in found.items()}
         # The fp32 graph's is a bound of the fp16 graph's.
@@ -224,8 +245,9 @@ class OnnxGraphs:
         """A graph with a clip's values; one that was added is opened for the first clip that asks for it."""
         with self._opening:
             if name not in self._sessions:
-                check_added(self._folder, name)
-                self._sessions[name] = self._open(self._added[name][0])
+                path = self._added[name][0]
+                check_added(path.parent, name)
+                self._sessions[name] = self._open(path)
         return partial(self._run, name, Bound(self._sessions[name], self._specs[name], self.device, own))
 
     def _run(self, name: str, graph: Bound, **inputs: Tensor) -> dict[str, Tensor]:

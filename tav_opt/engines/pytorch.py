@@ -166,7 +166,9 @@ def engine_on(
     """A tuned clip on its base, which is there already; another clip's values give way to this one's."""
     models.put_values(sd.unet, tuned.values)
     _check_latents(sd, tuned)
-    eager.check_editing(sd, tuned.info.network_frames, tuned.info.height, tuned.info.width)
+    modules = [module for one in networks.values() if (module := getattr(one, "module", None)) is not None]
+    info = tuned.info
+    eager.check_editing(sd, info.network_frames, info.height, info.width, networks=modules)
     return TorchEngine(
         sd=sd,
         info=tuned.info,
@@ -195,13 +197,14 @@ def load_networks(
     if twice := sorted(set(controlnets) & set(adapters)):
         raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
     for name, place in controlnets.items():
-        net = controlnet.load(network_files.found(place), sd.unet.config)
-        run = framewise.in_eager(models.placed(net, sd.unet.device, sd.unet.dtype), net.names)
-        found[name] = framewise.ControlNet(run=run, names=net.names)
+        net = models.placed(controlnet.load(network_files.found(place), sd.unet.config), sd.unet.device, sd.unet.dtype)
+        found[name] = framewise.ControlNet(run=framewise.in_eager(net, net.names), names=net.names, module=net)
     for name, place in adapters.items():
-        adapter = t2i_adapter.load(network_files.found(place), sd.unet.config, sd.vae_factor)
-        run = framewise.in_eager(models.placed(adapter, sd.unet.device, sd.unet.dtype), adapter.names)
-        found[name] = framewise.Adapter(run=run, names=adapter.names)
+        adapter = models.placed(
+            t2i_adapter.load(network_files.found(place), sd.unet.config, sd.vae_factor), sd.unet.device, sd.unet.dtype
+        )
+        run = framewise.in_eager(adapter, adapter.names)
+        found[name] = framewise.Adapter(run=run, names=adapter.names, module=adapter)
     return found
 
 
@@ -243,6 +246,7 @@ class TorchGraphs:
 
     frames_at_once = 8
     has_threads = False
+    made_by = "--target onnx or compiled, which run networks as graphs: eager PyTorch takes a checkpoint's"
 
     def __init__(self, folder: Path, sd: models.StableDiffusion, info: ClipInfo) -> None:
         self.device, self._info, self._sd = sd.unet.device, info, sd

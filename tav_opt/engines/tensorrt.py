@@ -6,7 +6,8 @@ Written against the vendor's API, and run so far only over stand-ins for its com
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -17,11 +18,11 @@ from tav_opt.config import InputError
 from tav_opt.contract import VERSION, ClipInfo
 from tav_opt.engines import tensorrt_library
 from tav_opt.engines.cuda_graph import Replayed, SharedValues
-from tav_opt.engines.exported import Call, revision_of
+from tav_opt.engines.exported import Call, Late, revision_of
 from tav_opt.engines.tensorrt_library import Library, Target
 from tav_opt.files import altered
 from tav_opt.repository import layout, specs
-from tav_opt.repository.layout import ENGINES, MANIFEST
+from tav_opt.repository.layout import ENGINES, MANIFEST, check_added, made_of_added
 from tav_opt.schemas import EnginesManifest
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64}
@@ -95,13 +96,29 @@ class Batched:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Inputs whose first axis has any length → the outputs of that length, in fresh memory."""
         rows = next(iter(inputs.values())).shape[0]
-        parts, start = [], 0
+        parts, start, needed = [], 0, _needed(inputs)
         while start < rows:
-            size = max((n for n in self._engines if n <= rows - start), default=min(self._engines))
-            part = {name: _filled(value[start : start + size], size) for name, value in inputs.items()}
-            parts.append({name: x[: rows - start].clone() for name, x in self._engines[size](part).items()})
-            start += size
+            count = self._count(needed[start:], start)
+            size = min(n for n in self._engines if n >= count)
+            part = {name: _filled(value[start : start + count], size) for name, value in inputs.items()}
+            parts.append({name: x[:count].clone() for name, x in self._engines[size](part).items()})
+            start += count
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _count(self, needed: Sequence[int], start: int) -> int:
+        """How many rows from `start` on are the next part: those after it need none of them."""
+        whole = [n for n in self._engines if n <= len(needed)] or [len(needed)]
+        for count in range(max(whole), 0, -1):
+            if all(row >= start + count for row in needed[count:]):
+                return count
+        raise InputError(f"rows that need each other are more than the {max(self._engines)} of an engine")
+
+
+def _needed(inputs: Mapping[str, Tensor]) -> list[int]:
+    """The first row that each takes something of: its own, but for attention control that takes of rows above."""
+    rows = range(next(iter(inputs.values())).shape[0])
+    above = [inputs[name].tolist() for name in ("self_source", "cross_source") if name in inputs]
+    return [row - max((one[row] for one in above), default=0) for row in rows]
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:
@@ -150,6 +167,7 @@ class TensorRtGraphs:
 
     frames_at_once = 4
     has_threads = True
+    made_by = "--target tensorrt, or tensorrt-rtx"
 
     def __init__(
         self,
@@ -162,24 +180,25 @@ class TensorRtGraphs:
         engines: Path | None = None,
     ) -> None:
         """`engines`: the folder of those that do not have their place yet."""
-        self.device = device
-        engines = engines or find(base, library, card)
+        self.device, self._deserialize = device, deserialize
+        self._folder = engines = engines or find(base, library, card)
         _check_memory(engines, device)
         manifest = layout.manifest(engines, EnginesManifest)
         self.revision = revision_of(manifest["files"])
-        self._specs = specs.read(base)
-        buffers: dict[str, Tensor] = {}
+        own, self._added = specs.read(base), made_of_added(engines, base)
+        self._specs = own | {name: spec for name, spec in specs.added(base).items() if name in self._added}
+        self._buffers: dict[str, Tensor] = {}
         if manifest["contract"]["values"] == "inputs":
-            values = [value for spec in self._specs.values() for value in spec.values.values()]
-            buffers = {x.name: torch.zeros(x.fixed(0), dtype=torch.float16, device=device) for x in values}
-        fixed = {
-            name: [FixedEngine(deserialize(path), device, buffers) for path in sorted(engines.glob(f"{name}-*.engine"))]
-            for name in self._specs
-        }
+            values = [value for spec in own.values() for value in spec.values.values()]
+            self._buffers = {x.name: torch.zeros(x.fixed(0), dtype=torch.float16, device=device) for x in values}
+        fixed = {name: self._opened(sorted(engines.glob(f"{name}-*.engine"))) for name in own}
         self.batched = {name: Batched(found) for name, found in fixed.items()}
-        refitted = [engine for name, spec in self._specs.items() if spec.values for engine in fixed[name]]
-        self.values: Values = SharedValues(buffers) if buffers else RefittedValues(library, refitted)
+        refitted = [engine for name, spec in own.items() if spec.values for engine in fixed[name]]
+        self.values: Values = SharedValues(self._buffers) if self._buffers else RefittedValues(library, refitted)
         self.lock = threading.Lock()
+
+    def _opened(self, paths: Sequence[Path]) -> list[FixedEngine]:
+        return [FixedEngine(self._deserialize(path), self.device, self._buffers) for path in paths]
 
     @classmethod
     def of(cls, base: Path, _info: ClipInfo, device: torch.device, _threads: int | None = None) -> TensorRtGraphs:
@@ -190,12 +209,25 @@ class TensorRtGraphs:
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         """The values stay on the device, in fp16."""
         own = {name: value.to(self.device, torch.float16) for name, value in values.items()}
-        calls = {name: _Turn(self, name, own if spec.values else None) for name, spec in self._specs.items()}
+        turns = {name: _Turn(self, name, own if spec.values else None) for name, spec in self._specs.items()}
+        calls: dict[str, Call] = {**turns}
+        calls |= {name: Late(partial(self._ready, turns[name])) for name in self._added}
         return calls, sum(value.nbytes for value in own.values())
 
-    def extra_bytes(self, _items: Mapping[str, int]) -> int:
-        """Nothing: engines hold their working memory from the start."""
-        return 0
+    def _ready(self, turn: _Turn) -> Call:
+        """The engines of a graph that was added, opened for the first clip that asks for it."""
+        with self.lock:
+            if turn.name not in self.batched:
+                check_added(self._folder, turn.name)
+                files = self._added[turn.name]["files"]
+                self.batched[turn.name] = Batched(self._opened([self._folder / file for file in files]))
+        return turn
+
+    def extra_bytes(self, items: Mapping[str, int]) -> int:
+        """Of engines that are yet to be opened: they hold their working memory from then on."""
+        return sum(
+            int(self._added[name].get("needs", 0)) for name in items if name in self._added and name not in self.batched
+        )
 
 
 def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
@@ -210,7 +242,7 @@ def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
 def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
     """What opening the base takes in memory."""
     library, card = _fitting(base, device)
-    return sum(path.stat().st_size for path in find(base, library, card).glob("*.engine"))
+    return _weigh(find(base, library, card))
 
 
 def _fitting(base: Path, device: torch.device) -> tuple[Library, str]:
@@ -262,19 +294,24 @@ def _check_contract(manifest: dict[str, Any], made_of: dict[str, str], folder: P
 
 def _check_memory(engines: Path, device: torch.device) -> None:
     if device.type == "cuda":
-        need, free = sum(path.stat().st_size for path in engines.glob("*.engine")), torch.cuda.mem_get_info(device)[0]
+        need, free = _weigh(engines), torch.cuda.mem_get_info(device)[0]
         if need > free:
             raise InputError(f"{engines.name}: needs more than {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB is free")
+
+
+def _weigh(engines: Path) -> int:
+    """Bytes of the engines of a base's own graphs."""
+    return sum((engines / file).stat().st_size for file in layout.manifest(engines, EnginesManifest)["files"])
 
 
 class _Turn:
     """One graph for one clip: buffers and values are the base's, so clips take turns."""
 
     def __init__(self, base: TensorRtGraphs, name: str, values: dict[str, Tensor] | None) -> None:
-        self._base, self._name, self._values = base, name, values
+        self.name, self._base, self._values = name, base, values
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         with self._base.lock:
             if self._values is not None:
                 self._base.values.hold(self, self._values)
-            return self._base.batched[self._name](**inputs)
+            return self._base.batched[self.name](**inputs)

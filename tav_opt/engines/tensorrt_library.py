@@ -93,6 +93,11 @@ def folder_name(library: Library, card: str, contract: Contract) -> str:
     return f"{library.target}-{library.version}-{card}-{contract.hash[:12]}"
 
 
+def engine_file(name: str, rows: int) -> str:
+    """The file of one engine, whose first axis is so long."""
+    return f"{name}-{rows}.engine"
+
+
 def check_fits(manifest: dict[str, Any], library: Library, card: str, folder: Path) -> None:
     """Raises InputError, with the reason, for engines of another TensorRT, version or card."""
     for what, found, here in (

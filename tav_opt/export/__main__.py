@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -24,11 +24,13 @@ from tav_opt.config import (
     InputError,
     InversionConfig,
     Iterations,
+    OnProgress,
     Side,
     check_numbers,
 )
 
 if TYPE_CHECKING:
+    from tav_opt.export.additions import Further
     from tav_opt.export.parity import OnGraph, Parity
     from tav_opt.export.tensorrt import build
     from tav_opt.export.whole_edit import EditParity, OnEdit
@@ -55,11 +57,11 @@ class ExportConfig:
     plugin: bool = True
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
     attention_control: bool = False
-    """Add the UNet's graph with attention control to the base, for --keep and the settings beside it; onnx."""
+    """Add the UNet's graph with attention control to the base, for --keep and the settings beside it."""
     networks: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
-    """What clips on this base may follow maps by: for ONNX Runtime, whatever the target."""
+    """What clips on this base may follow maps by; where they were added before, again for another target."""
     half: bool = False
-    """For onnx: the UNet in fp16 too, which ONNX Runtime takes on GPUs; never run on one so far."""
+    """For onnx: the UNet in fp16 too, and what was added, which ONNX Runtime takes on GPUs; never run on one so far."""
     refit: bool = False
     """The clip's values as constants to refit, not as inputs: to measure one against the other."""
     debug_parity: bool = False
@@ -169,25 +171,31 @@ def _beside(
     config: ExportConfig, plan: build.Plan | None, clip: Path, on_graph: OnGraph, on_edit: OnEdit
 ) -> list[Path]:
     """What is made beside the graphs."""
-    if plan is not None:
-        return _engines(plan, clip, config.moved())
-    if config.target == "compiled":
-        from tav_opt.export import compiled
+    if plan is None and config.target == "onnx" and not config.half:
+        return []
+    from tav_opt.export import beside, compiled, conditions, half_graph
+    from tav_opt.repository.layout import base_of
 
-        with progress.shown(leave=False) as on_progress:
-            folder = compiled.export(
-                clip, base=config.moved(), on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
-            )
-        return [folder]
-    if config.half:
-        from tav_opt.export import half_graph
-
-        with progress.shown(leave=False) as on_progress:
-            folder = half_graph.export(
-                clip, base=config.moved(), on_graph=on_graph, on_edit=on_edit, on_progress=on_progress
-            )
-        return [folder]
-    return []
+    further = conditions.further(
+        named("controlnet", config.networks.controlnet, "PLACE"),
+        named("adapter", config.networks.adapter, "PLACE"),
+        base_of(clip),
+    )
+    with progress.shown(leave=False) as on_progress:
+        if plan is not None:
+            folders = _engines(plan, clip, config.moved(), further, on_progress)
+        else:
+            make = compiled.export if config.target == "compiled" else half_graph.export
+            reports: dict[str, Any] = {"on_graph": on_graph, "on_edit": on_edit, "on_progress": on_progress}
+            folders = [make(clip, base=config.moved(), further=further, **reports)]
+    for folder in folders:
+        left = beside.lacking(folder, base_of(clip), further)
+        for name in left.unknown:
+            kind, _, own = name.partition("_")
+            _say(f"{folder.name} is without {name}: give --{kind} {own}=PLACE again for it")
+        for name in left.makeable:
+            _say(f"{folder.name} is without {name}: what was added is not refitted")
+    return folders
 
 
 def _plan(config: ExportConfig) -> build.Plan | None:
@@ -211,11 +219,12 @@ def _plan(config: ExportConfig) -> build.Plan | None:
     )
 
 
-def _engines(plan: build.Plan, clip: Path, base: Additions | None) -> list[Path]:
+def _engines(
+    plan: build.Plan, clip: Path, base: Additions | None, further: list[Further], on_progress: OnProgress | None
+) -> list[Path]:
     from tav_opt.export.tensorrt import build
 
-    with progress.shown(leave=False) as on_progress:
-        return build.export(plan, clip, base=base, say=_say, on_progress=on_progress)
+    return build.export(plan, clip, base=base, further=further, say=_say, on_progress=on_progress)
 
 
 def _say(line: str) -> None:

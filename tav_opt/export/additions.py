@@ -70,9 +70,9 @@ def add(
             graph = one.make(sd, values, told["latents"])
             folder = Path(work) / one.name
             folder.mkdir()
-            _lend(base / "unet.onnx.data", folder)
+            lent = lend(base / "unet.onnx.data", folder)
             reached = _written(graph, folder, base)
-            (folder / "unet.onnx.data").unlink()
+            lent.unlink()
             found[one.name] = {
                 "graph": asdict(graph.spec),
                 "made_of": dict(one.made_of),
@@ -95,10 +95,11 @@ def _written(graph: Graph, folder: Path, base: Path) -> parity.Parity:
     return parity.check(graph, parity.in_onnxruntime(path, graph.spec))
 
 
-def _lend(file: Path, folder: Path) -> None:
+def lend(file: Path, folder: Path) -> Path:
     """The same file in another folder; a copy where there are no hard links."""
-    discard(folder / file.name)
+    lent = folder / file.name
+    discard(lent)
     with suppress(OSError):
-        os.link(file, folder / file.name)
-        return
-    shutil.copy2(file, folder / file.name)
+        os.link(file, lent)
+        return lent
+    return Path(shutil.copy2(file, lent))

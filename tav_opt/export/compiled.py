@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from tav_opt import checkpoint
+from tav_opt.checkpoint import load_tensors
 from tav_opt.config import Additions, InputError, OnProgress, PathLike
 from tav_opt.contract import VERSION
 from tav_opt.engines import compiled
-from tav_opt.engines.compiled import WEIGHTS
+from tav_opt.engines.compiled import WEIGHTS, own_weights
 from tav_opt.engines.exported import ExportedBase, ExportedEngine
-from tav_opt.export import graphs, parity, whole_edit
+from tav_opt.engines.pytorch import TorchEngine
+from tav_opt.export import beside, graphs, parity, whole_edit
+from tav_opt.export.additions import Further
 from tav_opt.export.graphs import Graph
 from tav_opt.export.half_module import in_half
 from tav_opt.export.parity import OnGraph
@@ -32,6 +36,7 @@ def export(
     clip: Path,
     *,
     base: PathLike | Additions | None = None,
+    further: Iterable[Further] = (),
     device: torch.device | None = None,
     on_graph: OnGraph | None = None,
     on_edit: OnEdit | None = None,
@@ -41,33 +46,54 @@ def export(
 
     The device is the GPU where PyTorch has one, in fp16, else the processor, in fp32, unless it is given. `clip` is
     `clips/<name>` of a model repository, `base` where its base model is now. Programs that are there and fit are left
-    as they are. Raises InputError where there is no C++ compiler, and ParityError for a program, or a whole edit, that
-    departs from eager PyTorch: either way nothing is written.
+    as they are. Of the graphs that were added to the base, those of the UNet get theirs, and those of `further`.
+    Raises InputError where there is no C++ compiler, and ParityError for a program, or a whole edit, that departs from
+    eager PyTorch: either way nothing is written.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     info, exported = info_of(clip), base_of(clip)
     check_unaltered(exported)
     folder = compiled.folder_of(exported, device)
+    traced = cache(lambda: graphs.of_clip(clip, base))
     with locked(exported / ENGINES):
-        if compiled.why_not(exported, info, device) is None:
-            return folder
-        _check_compiler()
-        eager, traced = graphs.of_clip(clip, base)
-        fresh = folder.with_name(f".{folder.name}.fresh")
-        shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
-        with whole(fresh) as temporary:
-            temporary.mkdir()
-            found = _write(traced, temporary, device, on_graph)
-            manifest = _manifest(exported, found, temporary, device)
-            write_json(temporary / MANIFEST, manifest)  # by which it is opened
-            engine = _engine(clip, exported, temporary, device)
-            edit = whole_edit.check(engine, eager, _line(device), on_progress)
-            if on_edit is not None:
-                on_edit(compiled.TARGET, edit)
-            write_json(temporary / MANIFEST, manifest | {"edit": edit.to_json()})
-        shutil.rmtree(folder, ignore_errors=True)  # of another processor, or made of other graphs
-        fresh.rename(folder)
+        if compiled.why_not(exported, info, device) is not None:
+            _check_compiler()
+            _write_own(traced, clip, folder, device, on_graph, on_edit, on_progress)
+        if lacking := beside.lacking(folder, exported, further := [*further]).makeable:
+            _check_compiler()
+            eager, own = traced()
+            values = dict(next(graph.values for graph in own if graph.values))
+            weights = load_tensors(folder / WEIGHTS)
+            make = partial(_added, weights=weights, device=device, on_graph=on_graph)
+            beside.add(folder, exported, beside.again(lacking, exported, further, eager.sd, values), make)
     return folder
+
+
+def _write_own(
+    traced: Callable[[], tuple[TorchEngine, list[Graph]]],
+    clip: Path,
+    folder: Path,
+    device: torch.device,
+    on_graph: OnGraph | None,
+    on_edit: OnEdit | None,
+    on_progress: OnProgress | None,
+) -> None:
+    """The programs of the base's own graphs, compared one by one and by a whole edit."""
+    exported, (eager, own) = base_of(clip), traced()
+    fresh = folder.with_name(f".{folder.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
+    with whole(fresh) as temporary:
+        temporary.mkdir()
+        found = _write(own, temporary, device, on_graph)
+        manifest = _manifest(exported, found, temporary, device)
+        write_json(temporary / MANIFEST, manifest)  # by which it is opened
+        engine = _engine(clip, exported, temporary, device)
+        edit = whole_edit.check(engine, eager, _line(device), on_progress)
+        if on_edit is not None:
+            on_edit(compiled.TARGET, edit)
+        write_json(temporary / MANIFEST, manifest | {"edit": edit.to_json()})
+    shutil.rmtree(folder, ignore_errors=True)  # of another processor, or made of other graphs
+    fresh.rename(folder)
 
 
 def _engine(clip: Path, exported: Path, folder: Path, device: torch.device) -> ExportedEngine:
@@ -93,13 +119,32 @@ def _write(
         constants = compile_program(_narrowed(graph, device), folder / f"{graph.name}.pt2")
         weights |= {f"{graph.name}.{name}": value for name, value in constants.items()}
     checkpoint.save_tensors(weights, folder / WEIGHTS)
-    found = {}
-    for graph in traced:
-        program = compiled.opened(folder / f"{graph.name}.pt2", graph.name, weights, device)
-        found[graph.name] = parity.check(graph, run_of(graph, program, device), half=_half(device))
-        if on_graph is not None:
-            on_graph(graph.name, found[graph.name])
+    return {graph.name: _compared(graph, folder, weights, device, on_graph) for graph in traced}
+
+
+def _compared(
+    graph: Graph, folder: Path, weights: dict[str, Tensor], device: torch.device, on_graph: OnGraph | None
+) -> parity.Parity:
+    """How far a graph's program is from eager PyTorch; raises ParityError."""
+    own = {name: value for name, value in weights.items() if name.startswith(f"{graph.name}.")}
+    program = compiled.opened(folder / f"{graph.name}.pt2", graph.name, own, device)
+    found = parity.check(graph, run_of(graph, program, device), half=_half(device))
+    if on_graph is not None:
+        on_graph(graph.name, found)
     return found
+
+
+def _added(
+    graph: Graph, folder: Path, *, weights: dict[str, Tensor], device: torch.device, on_graph: OnGraph | None
+) -> dict[str, Any]:
+    """The program of a graph that was added, and the weights that it has beside those of the base's own."""
+    constants = compile_program(_narrowed(graph, device), folder / f"{graph.name}.pt2")
+    shared = compiled.with_unets(graph.spec, weights)
+    named = {f"{graph.name}.{name}": value for name, value in constants.items()}
+    rest = {name: value for name, value in named.items() if name not in shared or not value.equal(shared[name])}
+    if rest:
+        checkpoint.save_tensors(rest, folder / own_weights(graph.name))
+    return {"parity": _compared(graph, folder, shared | rest, device, on_graph).to_json()}
 
 
 def _line(device: torch.device) -> float:

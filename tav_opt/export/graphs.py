@@ -149,6 +149,12 @@ def unet_variant(
     return unet_graph(sd.unet, values, latent_shape, tokens, timesteps, name=name, further=further)
 
 
+def unet_of(sd: StableDiffusion, values: dict[str, Tensor], spec: GraphSpec) -> Graph:
+    """The UNet's graph that an exported base describes."""
+    module = ClipUNet(sd.unet, spec.further)
+    return Graph(spec=spec, module=module, values=values, below=len(sd.schedule.alphas_cumprod), kind="unet")
+
+
 @torch.no_grad()
 def write(graph: Graph, folder: Path, body: Body = "onnxruntime") -> Path:
     """Writes `<name>.onnx`, and its weights beside it in `<name>.onnx.data`, into `folder`."""

@@ -49,7 +49,8 @@ HALF_TOLERANCES = {
 ones are larger (text encoder 1.4e-3, VAE encoder 2.6e-4, UNet 1.8e-3, VAE decoder 2.2e-3)."""
 
 
-def _tolerance(graph: Graph, *, half: bool) -> Tolerance:
+def tolerance_of(graph: Graph, *, half: bool) -> Tolerance:
+    """What a graph must reach; a variant of one of the base's own, what that must."""
     return (HALF_TOLERANCES if half else TOLERANCES)[graph.kind or graph.name]
 
 
@@ -113,7 +114,7 @@ def measure(graph: Graph, run: Run, *, half: bool = False) -> Parity:
         found = run(inputs, values)
         for name, eager in graph.run(inputs, values).items():
             errors.append(float((found[name] - eager).abs().max() / eager.abs().max().clamp(min=1)))
-    return Parity(error=float(np.max(errors)), tolerance=_tolerance(graph, half=half))
+    return Parity(error=float(np.max(errors)), tolerance=tolerance_of(graph, half=half))
 
 
 def check(graph: Graph, run: Run, *, half: bool = False) -> Parity:
@@ -154,7 +155,7 @@ def measure_half(graph: Graph, runners: Sequence[layers.Runner], fed: Sequence[l
     """The fp16 graph as each of Polygraphy's runners has it, against eager PyTorch, by the runner's name."""
     reference = layers.eager_runner(lambda feed: eager(graph, feed), fed[0])
     return {
-        name: Parity(error=max(d.error for d in differences), tolerance=_tolerance(graph, half=True))
+        name: Parity(error=max(d.error for d in differences), tolerance=tolerance_of(graph, half=True))
         for name, differences in layers.compare([reference, *runners], fed).items()
     }
 

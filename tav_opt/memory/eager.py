@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.memory.free import free_bytes
+from tav_opt.memory.networks import network_bytes
 from tav_opt.models import StableDiffusion
 from tav_opt.tuning_step import compute_dtype
 from tav_opt.unet import VideoResnetBlock, VideoUNet, trained_names
@@ -121,12 +122,17 @@ def fit_tuning(sd: StableDiffusion, config: TrainConfig, frames: int, height: in
     return fitting[0]
 
 
-def check_editing(sd: StableDiffusion, frames: int, height: int, width: int, rows: int = 2) -> None:
-    """Raises InputError when an edit needs more memory than the device has free."""
+def check_editing(
+    sd: StableDiffusion, frames: int, height: int, width: int, rows: int = 2, networks: Sequence[nn.Module] = ()
+) -> None:
+    """Raises InputError when an edit, which may follow maps by loaded `networks`, needs more than the device has."""
     needed = estimate_editing(sd, frames, height, width, rows)
-    free = free_bytes(sd.unet.device) + sum(_bytes(part) for part in (sd.unet, sd.vae, sd.text_encoder))
+    needed += sum(network_bytes(one, frames, height, width, sd.vae_factor, rows) for one in networks)
+    loaded = (sd.unet, sd.vae, sd.text_encoder, *networks)
+    free = free_bytes(sd.unet.device) + sum(_bytes(part) for part in loaded)
     if needed > free:
+        following = f" by {len(networks)} networks that follow maps" if networks else ""
         raise InputError(
-            f"editing {frames} frames of {width}×{height} needs about {needed / 2**30:.1f} GiB, "
+            f"editing {frames} frames of {width}×{height}{following} needs about {needed / 2**30:.1f} GiB, "
             f"{sd.unet.device.type} has {free / 2**30:.1f} GiB: try fewer frames or a smaller size"
         )

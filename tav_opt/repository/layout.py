@@ -119,11 +119,18 @@ def check_unaltered(folder: Path, needed: tuple[str, ...] = ()) -> None:
         raise InputError(f"{folder / changed[0]} is missing or altered: remove {folder} and export again")
 
 
-def check_added(base: Path, name: str) -> None:
-    """Raises InputError where a file of a graph that was added to a base is missing or altered."""
-    found = manifest(base).get("added", {})[name]["files"]
-    if changed := altered(base, found):
-        raise InputError(f"{base / changed[0]} is missing or altered: remove {base} and export again")
+def check_added(folder: Path, name: str) -> None:
+    """Raises InputError where a file of a graph that was added to a base, or of what was made of it, is another."""
+    found = manifest(folder).get("added", {})[name]["files"]
+    if changed := altered(folder, found):
+        raise InputError(f"{folder / changed[0]} is missing or altered: remove {folder} and export again")
+
+
+def made_of_added(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
+    """What a folder beside a base's graphs says, by name, of those that it has of the graphs that were added to it."""
+    there = manifest(base).get("added", {})
+    found = manifest(folder).get("added", {})
+    return {name: one for name, one in found.items() if name in there and one.get("made_of") == there[name]["files"]}
 
 
 @contextmanager

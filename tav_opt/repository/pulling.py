@@ -44,9 +44,9 @@ class Pulled:
 def pull(url: str, repository: PathLike, on_folder: Callable[[Pulled], object] | None = None) -> list[Pulled]:
     """Fetches all clips of the model repository at `url`, their bases and engines, into one that is here.
 
-    What is here as it is there is not fetched again; clips that are not there stay. Each folder is compared with the
-    hashes of its manifest and then takes its place at once, a clip after its base. Raises InputError for what is no
-    model repository, cannot be read, or is altered.
+    What is here as it is there, folder or file, is not fetched again; clips that are not there stay. Each folder is
+    compared with the hashes of its manifest and then takes its place at once, a clip after its base. Raises InputError
+    for what is no model repository, cannot be read, or is altered.
     """
     source = _Source(url)
     version = version_folder(repository)
@@ -148,12 +148,16 @@ def _fetched(source: _Source, folder: str, manifest: _Manifest, version: Path) -
         fresh, old = (place.with_name(f".{place.name}.{state}") for state in ("fresh", "old"))
         with whole(fresh) as temporary:
             temporary.mkdir()
-            for name in manifest.files:
-                source.fetch(folder, name, temporary)
+            size = len(manifest.content)
+            for name, sha256 in manifest.files.items():
+                if _has(place, name, sha256):
+                    _linked(str(place / name), str(temporary / name))
+                else:
+                    source.fetch(folder, name, temporary)
+                    size += (temporary / name).stat().st_size
             if changed := altered(temporary, manifest.files):
                 raise InputError(f"{folder}/{changed[0]} is not what its manifest says: it was altered, or cut short")
             (temporary / MANIFEST).write_bytes(manifest.content)
-            size = sum(path.stat().st_size for path in temporary.iterdir())
             if has_engines and engines.parent == place:
                 shutil.copytree(engines, temporary / ENGINES, ignore=_on_its_way, copy_function=_linked)
         if place.exists() or place.is_symlink():
@@ -161,6 +165,14 @@ def _fetched(source: _Source, folder: str, manifest: _Manifest, version: Path) -
         os.replace(fresh, place)
         discard(old)
     return Pulled(name=folder, size=size)
+
+
+def _has(place: Path, name: str, sha256: str) -> bool:
+    """Whether a folder that is here, of another manifest, has a file as it is there."""
+    try:
+        return not place.is_symlink() and not altered(place, {name: sha256})
+    except InputError:  # one that may not be read
+        return False
 
 
 def _on_its_way(_folder: str, names: list[str]) -> set[str]:

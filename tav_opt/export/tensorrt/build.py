@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,10 @@ from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.engines.tensorrt import TensorRtGraphs
 from tav_opt.engines.tensorrt_library import Contract, Library, Target
 from tav_opt.export import graphs, half, layers, parity, whole_edit
+from tav_opt.export.additions import Further
 from tav_opt.export.graphs import Graph
 from tav_opt.export.rounding import rounded
-from tav_opt.export.tensorrt import builder, estimate
+from tav_opt.export.tensorrt import added_engines, builder, estimate
 from tav_opt.files import read_json, whole, write_json
 from tav_opt.repository import specs
 from tav_opt.repository.layout import ENGINES, MANIFEST, base_of, check_unaltered, hashes, locked
@@ -114,37 +115,40 @@ def export(
     clip: Path,
     *,
     base: PathLike | Additions | None = None,
+    further: Iterable[Further] = (),
     say: Say = lambda line: None,
     on_progress: OnProgress | None = None,
 ) -> list[Path]:
     """Builds the engines of an exported clip's base, for every card, and returns their folders.
 
     `clip` is `clips/<name>` of a model repository, `base` where its base model is now. Folders that are there already
-    are left as they are. Raises InputError for what does not fit, ParityError for a graph or engine over its
-    tolerance, BuildError; nothing half-built is left.
+    are left as they are. Of the graphs that were added to the base, those of the UNet get engines, and those of
+    `further`, but where a clip's values are refitted. Raises InputError for what does not fit, ParityError for a graph
+    or engine over its tolerance, BuildError; nothing half-built is left.
     """
     exported = base_of(clip)
     check_unaltered(exported)
     with locked(exported / ENGINES):
         _remove_leftovers(exported / ENGINES)
         with tempfile.TemporaryDirectory(dir=exported / ENGINES, prefix=".work-") as work:
-            return _export(
-                _Maker(plan, exported, clip, Path(work), say, on_progress), lambda: graphs.of_clip(clip, base)
-            )
+            maker = _Maker(plan, exported, clip, Path(work), say, on_progress)
+            traced = cache(lambda: graphs.of_clip(clip, base))
+            _export_own(maker, traced)
+            if not plan.config.refit:
+                added_engines.export(maker, traced, [*further])
+            return [maker.folder(card) for card in plan.cards]
 
 
-def _export(maker: _Maker, traced: Callable[[], tuple[TorchEngine, list[Graph]]]) -> list[Path]:
-    cards = maker.plan.cards
-    missing = {card: folder for card in cards if not (folder := maker.folder(card)).exists()}
+def _export_own(maker: _Maker, traced: added_engines.Traced) -> None:
+    missing = {card: folder for card in maker.plan.cards if not (folder := maker.folder(card)).exists()}
     if missing:
         estimate.check_host(maker.exported / "unet.onnx.data")
-        maker.check_memory(missing)
+        maker.check_memory(missing, maker.rows)
         eager, found = traced()
         modules = {graph.name: graph for graph in found}
         parities = maker.check_graphs(modules)
         for card, folder in missing.items():
             maker.make(card, folder, eager, modules, parities)
-    return [maker.folder(card) for card in cards]
 
 
 class _Maker:
@@ -156,14 +160,16 @@ class _Maker:
         self.plan, self.exported, self.clip, self.work = plan, exported, clip, work
         self.say, self.on_progress = say, on_progress
         self.manifest = read_json(exported / MANIFEST)
-        self.specs = specs.read(exported)
+        own, added = specs.read(exported), specs.added(exported)
+        self.specs = own | added
         self.rows = rows_of(self.manifest["latents"][1])
+        self.rows_of_added = {name: added_engines.rows_of(spec, self.rows) for name, spec in added.items()}
         self.halves: dict[str, Path] = {}
         self.contract = self._contract()
 
     def _contract(self) -> Contract:
         engines = {
-            engine_file(name, rows): self._tensors(name, rows)
+            tensorrt_library.engine_file(name, rows): self.tensors(name, rows)
             for name, all_rows in self.rows.items()
             for rows in all_rows
         }
@@ -174,7 +180,7 @@ class _Maker:
             engines=engines,
         )
 
-    def _tensors(self, name: str, rows: int) -> tuple[TensorSpec, ...]:
+    def tensors(self, name: str, rows: int) -> tuple[TensorSpec, ...]:
         """What an engine takes and gives: as the fp32 graph, but a clip's values change their type, or go inside."""
         spec = self.specs[name]
         values = [] if self.plan.config.refit else [replace(x, dtype="float16") for x in spec.values.values()]
@@ -217,21 +223,24 @@ class _Maker:
             tensorrt_plugin.for_architecture(_architecture(card))
         return builder.parse(self.plan.library, self.model(name, rows), self.graph(name))
 
-    def check_memory(self, cards: dict[str, Path]) -> None:
-        """Says what the largest engines need, and raises InputError where a card cannot have it."""
+    def check_memory(self, cards: Iterable[str], rows_of: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Says what the largest engines need, and raises InputError where a card cannot have it; bytes by graph."""
+        found = {}
         for card in cards:
-            for name, all_rows in self.rows.items():
+            for name, all_rows in rows_of.items():
                 rows = max(all_rows)
                 weights = Path(f"{self.graph(name)}.data").stat().st_size
                 need = estimate.needed(self.parsed(name, rows, card), weights)
                 self.say(f"{name} at {rows} for {card}: up to {need.total / 2**20:,.0f} MiB of GPU memory")
                 estimate.check_gpu(need, self.plan.library, card, f"{name} at {rows}")
+                found[name] = len(all_rows) * need.total
+        return found
 
     def check_graphs(self, modules: dict[str, Graph]) -> dict[str, dict[str, float]]:
         """Every fp16 graph in onnxruntime against eager PyTorch; raises ParityError. Errors by graph and runtime."""
         found: dict[str, dict[str, float]] = {}
         for name, graph in modules.items():
-            rows = max(self.rows[name])
+            rows = max((self.rows | self.rows_of_added)[name])
             path = self.work / f"{name}-{rows}.onnx"
             onnx.save(rounded(self.model(name, rows, self._comparable)), path)
             if self.plan.config.debug_parity:
@@ -257,23 +266,23 @@ class _Maker:
         path = self.work / f"{name}-fp32.onnx"
         source = self.exported / self.specs[name].file
         onnx.save(half.fixed(source, rows, self._comparable), path)
-        data = self.work / f"{source.name}.data"  # where the copy looks for its weights
-        if not data.exists():
-            os.link(f"{source}.data", data)
+        for data in self.exported.glob("*.onnx.data"):  # where the copy looks for its weights
+            if not (self.work / data.name).exists():
+                os.link(data, self.work / data.name)
         return layers.marked_runner(path, self.work)
 
     def _first_departure(self, graph: Graph, rows: int, runner: layers.Runner) -> str:
         """Compares every layer with the fp32 graph's."""
         (feed,) = parity.feeds(graph, rows, count=1, own=self.plan.config.refit)
         found = layers.by_layer(self._reference(graph.name, rows), runner, feed)
-        departure = parity.first_departure(found, parity.HALF_TOLERANCES[graph.name].error)
+        departure = parity.first_departure(found, parity.tolerance_of(graph, half=True).error)
         return f"{graph.name} at {rows} in {runner.name}: {departure}"
 
     def _debug_engine(self, name: str, rows: int, card: str) -> layers.Runner:
         """An engine that gives out every layer; what it gives out it cannot fuse, so it is another than is written."""
         parsed = self.parsed(name, rows, card)
         layers.mark_all(parsed, self.model(name, rows))
-        path = self.work / f"debug-{engine_file(name, rows)}"
+        path = self.work / f"debug-{tensorrt_library.engine_file(name, rows)}"
         path.write_bytes(builder.build(parsed)[0])
         return layers.tensorrt_runner(self.plan.library, path)
 
@@ -294,10 +303,10 @@ class _Maker:
             compared = {}
             for name, all_rows in self.rows.items():
                 for rows in all_rows:
-                    file = temporary / engine_file(name, rows)
-                    file.write_bytes(self._built(name, rows, card))
+                    file = temporary / tensorrt_library.engine_file(name, rows)
+                    file.write_bytes(self.built(name, rows, card))
                     if self.plan.runs_here(card):
-                        compared[file.name] = self._compared(modules[name], rows, card, file)
+                        compared[file.name] = self.compared(modules[name], rows, card, file)
             manifest = self._engines_manifest(card, temporary, parities, compared)
             write_json(temporary / MANIFEST, manifest)  # by which they are opened
             write_json(temporary / MANIFEST, manifest | {"edit": self._whole_edit(card, temporary, eager)})
@@ -315,14 +324,14 @@ class _Maker:
         self.say(f"a whole edit: {found.psnr:.1f} dB against eager PyTorch (≥ {found.least:g} dB)")
         return found.to_json()
 
-    def _compared(self, graph: Graph, rows: int, card: str, engine: Path) -> dict[str, float]:
+    def compared(self, graph: Graph, rows: int, card: str, engine: Path) -> dict[str, float]:
         """An engine on its card against eager PyTorch; raises ParityError."""
         if self.plan.config.debug_parity:
             self.say(self._first_departure(graph, rows, self._debug_engine(graph.name, rows, card)))
         fed = parity.feeds(graph, rows, own=self.plan.config.refit)
         return self._checked(graph, layers.tensorrt_runner(self.plan.library, engine), fed)
 
-    def _built(self, name: str, rows: int, card: str) -> bytes:
+    def built(self, name: str, rows: int, card: str) -> bytes:
         cache = self.exported.parents[1] / "timing" / f"{self.plan.library.target}-{self.plan.library.version}-{card}"
         engine, timing = builder.build(
             self.parsed(name, rows, card),
@@ -371,11 +380,6 @@ def rows_of(frames: int) -> dict[str, tuple[int, ...]]:
         "unet": (1, 2),
         "vae_decoder": (frames_at_once,),
     }
-
-
-def engine_file(name: str, rows: int) -> str:
-    """The file of one engine."""
-    return f"{name}-{rows}.engine"
 
 
 def _remove_leftovers(engines: Path) -> None:

@@ -1,0 +1,46 @@
+"""What networks that follow maps need in memory in eager PyTorch, beside the edit that follows them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tav_opt.conditions.controlnet import ControlNetFrames
+from tav_opt.conditions.framewise import AT_ONCE
+
+_AT_MAPS_SIZE = 3
+"""Tensors of a ControlNet's first width that live at once at the maps' size: a convolution's two, and what follows."""
+_OF_RESIDUALS = 2
+"""Copies of what is added that live at once: as the network gives it, and scaled, which alone the UNet has then."""
+
+
+def network_bytes(frames_of: nn.Module, frames: int, height: int, width: int, factor: int, rows: int) -> int:
+    """Bytes of one network's weights, of what it adds to `rows` of so many frames, and of what it works in.
+
+    Frames are of height × width pixels, `factor` times the latents'. What it works in behind the maps' own size is less
+    than the UNet does, whose turn is another.
+    """
+    weights = sum(p.numel() * p.element_size() for p in frames_of.parameters())
+    size = next(frames_of.parameters()).element_size()
+    added = rows * frames * sum(math.prod(shape) for shape in _shapes(frames_of, height, width, factor))
+    first = 0
+    if isinstance(frames_of, ControlNetFrames):
+        first = frames_of.net.config.conditioning_embedding_out_channels[0]
+    maps = min(AT_ONCE, rows * frames) * height * width * (3 + _AT_MAPS_SIZE * first)
+    return weights + size * (_OF_RESIDUALS * added + maps)
+
+
+@torch.no_grad()
+def _shapes(frames_of: nn.Module, height: int, width: int, factor: int) -> list[torch.Size]:
+    """Of what is added to one frame, from a run on no device."""
+    state = {name: x.to("meta") for name, x in (*frames_of.named_parameters(), *frames_of.named_buffers())}
+    given = {"maps": torch.empty(1, 3, height, width, device="meta")}
+    if isinstance(frames_of, ControlNetFrames):
+        config = frames_of.net.config
+        given["latents"] = torch.empty(1, config.in_channels, height // factor, width // factor, device="meta")
+        given["timestep"] = torch.zeros(1, dtype=torch.int64, device="meta")
+        given["text"] = torch.empty(1, 1, config.cross_attention_dim, device="meta")
+    made = torch.func.functional_call(frames_of, state, (), given)
+    return [one.shape for one in made]
