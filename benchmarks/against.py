@@ -2,7 +2,8 @@
 
 Each exports the same checkpoint by its own code, and edits and tunes in a process of its own, a piece of work at a time
 while the other waits. First the exact edits are compared: where the frames differ by more than rounding nothing is
-timed, and the exit status is 1. A ratio is of seconds in turn; above 1, the new one is faster.
+timed, and the exit status is 1. A ratio is of seconds in turn; above 1, the new one is faster. On a machine that others
+use `--clock process` counts the processes' own seconds, of all their threads (OMP_NUM_THREADS=1 and taskset: of one).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -53,6 +54,7 @@ class Against:
     """Of each."""
     engine: EngineName = "onnxruntime"
     """Of the new one; the old one's is onnxruntime, the only one that served."""
+    clock: Literal["wall", "process"] = "wall"
     out: Path = Path("benchmarks/results/against.json")
 
 
@@ -99,7 +101,8 @@ def main(config: Against) -> int:
         except WrongFrames as error:
             print(f"nothing was timed: {error}", file=sys.stderr)
             return 1
-    print(header(f"{config.new} ({config.engine}) against {config.old}, {config.checkpoint}"))
+    what = f"{config.new} ({config.engine}) against {config.old}, {config.checkpoint}, {config.clock} seconds"
+    print(header(what))
     print("\n| figure | measured | goal | met |\n|---|---:|---|---|")
     print(*figures, sep="\n")
     write_json(config.out, {"command": " ".join(sys.argv), "machine": machine(), "figures": [vars(f) for f in figures]})
@@ -122,7 +125,7 @@ def _export(checkout: Path, ckpt: Path, folder: Path, engine: EngineName) -> Non
 
 @contextmanager
 def _workers(
-    work: str, checkouts: Mapping[str, Path], ckpt: Path, folder: Path, engine: EngineName
+    work: str, config: Against, checkouts: Mapping[str, Path], ckpt: Path, folder: Path
 ) -> Iterator[dict[str, Worker]]:
     """One of each checkout, started one after the other."""
     processes = {}
@@ -130,7 +133,7 @@ def _workers(
         for name, checkout in checkouts.items():
             command = [sys.executable, str(WORKER), work, str(checkout), str(ckpt), str(folder / name)]
             processes[name] = subprocess.Popen(
-                [*command, "--engine", engine],
+                [*command, "--engine", config.engine, "--clock", config.clock],
                 env=_environment(checkout),
                 cwd=folder,
                 text=True,
@@ -146,7 +149,7 @@ def _workers(
 
 def _edits(config: Against, checkouts: Mapping[str, Path], ckpt: Path, folder: Path) -> list[Figure]:
     exact = {"steps": config.steps, "guidance_scale": config.guidance}
-    with _workers("edit", checkouts, ckpt, folder, config.engine) as workers:
+    with _workers("edit", config, checkouts, ckpt, folder) as workers:
         for worker in workers.values():
             worker.seconds(json.dumps(exact))  # a warm-up, too
         old, new = (np.load(folder / name / "frames.npy")[0] for name in ("old", "new"))
@@ -165,7 +168,7 @@ def _edits(config: Against, checkouts: Mapping[str, Path], ckpt: Path, folder: P
 
 
 def _tuning(config: Against, checkouts: Mapping[str, Path], ckpt: Path, folder: Path) -> list[Figure]:
-    with _workers("tune", checkouts, ckpt, folder, config.engine) as workers:
+    with _workers("tune", config, checkouts, ckpt, folder) as workers:
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for number in range(1 + config.tuning_steps):
             for name, worker in workers.items():

@@ -139,6 +139,7 @@ def edit_metadata(
         "steps": config.steps,
         "guidance_scale": round(config.guidance_scale, 6),  # float32 on the wire
         "guidance_interval": config.guidance_interval,
+        "reuse_interval": config.reuse_interval,
         "solver": config.solver,
         "eta": round(config.eta, 6),
         "seed": config.seed,

@@ -241,7 +241,7 @@ CONTROL_SETTINGS = (
     "keep", "source_prompt", "replace_cross", "replace_self", "blend_words", "word_weights", "direct_inversion",
 )  # fmt: skip
 """The settings of attention control."""
-FILLED_IN = (*EDIT_DEFAULTS, "solver", "guidance_interval")
+FILLED_IN = (*EDIT_DEFAULTS, "solver", "guidance_interval", "reuse_interval")
 """The settings of an edit that a clip or a preset fills in where they are not given."""
 
 
@@ -262,6 +262,9 @@ class EditConfig(Config):
     """How a step is made of what the network predicts: ddim as in the paper, DPM-Solver++(2M) or UniPC."""
     guidance_interval: Annotated[int, Within(1, 1000)] = 1
     """After the first fifth of the steps, guidance is computed in every so manieth step, and kept in between."""
+    reuse_interval: Annotated[int, Within(1, 1000)] = 1
+    """After the first fifth of the steps, the whole network runs in every so manieth step, and in between its outermost
+    layers alone, on what came to them from below."""
     eta: Annotated[float, Within(0, 1)] = 0.0
     """0: deterministic DDIM; 1: as much noise as DDPM."""
     seed: Seed = 33

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ from tav_opt.conditions.condition import Condition, Conditioned
 from tav_opt.conditions.source_row import Beside, BlendBy, Kept, Sampled, Words
 from tav_opt.conditions.token_map import Prompt
 from tav_opt.config import KEEP, EditConfig, InputError, OnProgress, PathLike, SolverName, check_numbers, check_text
+from tav_opt.reuse import FEATURES, Reused
 from tav_opt.solvers import solver
 from tav_opt.video import masks
 from tav_opt.windows import windowed
 
 if TYPE_CHECKING:
     from tav_opt.engines import Engine
+
+T = TypeVar("T")
 
 
 def check(config: EditConfig, *, complete: bool = True) -> None:
@@ -46,6 +49,19 @@ def check(config: EditConfig, *, complete: bool = True) -> None:
     _check_following(config)
     if complete:
         _check_together(config)
+        _check_reuse(config)
+
+
+def _check_reuse(config: EditConfig) -> None:
+    if config.reuse_interval == 1:
+        return
+    others = ("attention control", config.controlled), ("controls", config.controls)
+    for name, given in others:
+        if given:
+            raise InputError(
+                f"reuse interval {config.reuse_interval} with {name}: features are kept of the plain network alone; "
+                "must be 1"
+            )
 
 
 def _check_control(config: EditConfig) -> None:
@@ -105,12 +121,24 @@ class Calls:
 
     def predict(self, engine: Engine) -> ddim.Predict:
         """The engine's `predict` for latents (b, c, f, h, w) of as many frames as it takes, or more."""
+        return self._windowed(engine, self._told(engine.predict))
 
-        def asked(latents: Tensor, timestep: ddim.Timestep, text: ddim.Text) -> Tensor:
+    def reusing(self, engine: Engine, interval: int, steps: int) -> ddim.Predict:
+        """The same for one run of so many steps, with features that are computed every so manieth step."""
+        if interval == 1:
+            return self.predict(engine)
+        reused = Reused(self._told(engine.predict), self._told(engine.predict_with_features), interval, steps)
+        return reused.stepwise(self._windowed(engine, reused))
+
+    def _told(self, ask: Callable[[Tensor, ddim.Timestep, Any], T]) -> Callable[[Tensor, ddim.Timestep, Any], T]:
+        def asked(latents: Tensor, timestep: ddim.Timestep, text: Any) -> T:
             self.on_call()
-            return engine.predict(latents, timestep, text)
+            return ask(latents, timestep, text)
 
-        return windowed(asked, engine.info.network_frames, at_once=self.windows_at_once)
+        return asked
+
+    def _windowed(self, engine: Engine, predict: ddim.Predict) -> ddim.Predict:
+        return windowed(predict, engine.info.network_frames, at_once=self.windows_at_once)
 
 
 def conditions(
@@ -172,13 +200,17 @@ def blend(engine: Engine, config: EditConfig, mask: np.ndarray, source: Tensor, 
 
 
 def check_engine(engine: Engine, config: EditConfig) -> None:
-    """Raises InputError for attention control that an engine has no graph for, saying how it gets one."""
-    if not config.controlled:
-        return
-    try:
-        engine.check_told(("text", *CONTROL))
-    except InputError as error:
-        raise InputError(f"{error}: attention control needs `python -m tav_opt.export … --attention-control`") from None
+    """Raises InputError for what an engine has no graph for, saying how it gets one."""
+    asked = {
+        "attention control": ("--attention-control", CONTROL if config.controlled else ()),
+        "reuse interval": ("--feature-reuse", (FEATURES,) if config.reuse_interval > 1 else ()),
+    }
+    for name, (option, told) in asked.items():
+        try:
+            if told:
+                engine.check_told(("text", *told))
+        except InputError as error:
+            raise InputError(f"{error}: {name} needs `python -m tav_opt.export … {option}`") from None
 
 
 def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
@@ -186,9 +218,9 @@ def encode_prompts(engine: Engine, config: EditConfig) -> Tensor:
 
     Raises InputError for prompts that are too long, and for words of attention control that they do not have.
     """
+    check_engine(engine, config)
     if not config.controlled:
         return engine.encode_text([config.negative_prompt, *config.prompts])
-    check_engine(engine, config)
     source = _source_prompt(engine, config)
     text = engine.encode_text([config.negative_prompt, *config.prompts, source])
     known, *edits = (Prompt.of(engine.tokenizer, prompt, text.shape[1]) for prompt in (source, *config.prompts))
@@ -246,7 +278,8 @@ def sample(
     batches = text[1 : 1 + len(config.prompts)].split(1 if config.controlled else at_once)
     total = config.steps * len(batches)
     for number, batch in enumerate(batches):
-        predict, step = calls.predict(engine), solver(config.solver, config.steps)
+        predict = calls.reusing(engine, config.reuse_interval, config.steps)
+        step = solver(config.solver, config.steps)
         if following:
             predict = Conditioned(predict, following, config.steps)
         if config.controlled:

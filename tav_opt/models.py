@@ -57,6 +57,12 @@ class StableDiffusion:
         told = {"text": text} if isinstance(text, Tensor) else text
         return self.unet(latents, timestep_rows(timestep, latents), **arguments(told))
 
+    @torch.no_grad()
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        """As `predict`, and the features (b,f,c',h,w) that came to the outermost layers; told of them as `features`,
+        `predict` runs those alone."""
+        return self.unet(latents, timestep_rows(timestep, latents), text, gives_features=True)
+
 
 def load_video_unet(
     path_or_hub_id: PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"

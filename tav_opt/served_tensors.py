@@ -50,6 +50,13 @@ STREAM_INPUTS = (
         doc="after a fifth of the steps, guidance anew every so many",
         optional=True,
     ),
+    ServedTensor(
+        name="reuse_interval",
+        dtype="INT32",
+        shape=(1,),
+        doc="after a fifth of the steps, the whole network every so many; exported with --feature-reuse",
+        optional=True,
+    ),
     ServedTensor(name="eta", dtype="FP32", shape=(1,), doc="0: deterministic, 1: as DDPM", optional=True),
     ServedTensor(name="seed", dtype="UINT64", shape=(1,), doc="of the noise of eta and of no inversion", optional=True),
     ServedTensor(name="inversion", dtype="BOOL", shape=(1,), doc="start from the inverted source", optional=True),

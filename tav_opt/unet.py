@@ -18,6 +18,7 @@ from diffusers.models.transformers import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from tav_opt import outermost
 from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
 from tav_opt.conditions.attention_control import Control
@@ -99,12 +100,16 @@ class VideoUNet(UNet2DConditionModel):
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+        features: Tensor | None = None,
+        gives_features: bool = False,
         **control: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """latents (b,c,f,h,w), timesteps (b,), text (b,tokens,width) → noise or v (b,c,f,h,w), in the UNet's dtype.
 
         What is added inside, each (b,f,c',h',w'), enters where diffusers' UNet takes it, by the name that it has there.
         With the tensors of attention control, by their names, there is one channel more: where the blend words look.
+        Where it `gives_features`, it answers with those of `outermost.whole` too, (b,f,c',h,w); told of such `features`
+        it runs its outermost layers alone, and is told of nothing else beside the text.
         """
         dtype = self.conv_in.weight.dtype
         if latents.dtype != dtype or text.dtype != dtype:
@@ -112,6 +117,12 @@ class VideoUNet(UNet2DConditionModel):
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)
+        if features is not None:
+            noise = outermost.shallow(self, x, timesteps, text, features.to(dtype).flatten(0, 1))
+            return noise.reshape(b, f, -1, h, w).transpose(1, 2)
+        if gives_features:
+            noise, features = outermost.whole(self, x, timesteps, text)
+            return noise.reshape(b, f, -1, h, w).transpose(1, 2), features.unflatten(0, (b, f))
         controlled = Control.of(control, dtype, (h, w)) if control else None
         mid = mid_block_additional_residual
         noise = super().forward(

@@ -19,7 +19,7 @@ ROWS = (
     ("clip_info",),
     ("contract", "video", "ddim", "kernels", "base", "plots"),
     ("clip_folder",),
-    ("attention", "checkpoint", "conditions", "repository", "solvers", "inversion", "blending"),
+    ("attention", "checkpoint", "conditions", "repository", "solvers", "inversion", "blending", "outermost", "reuse"),
     ("unet", "tuning_state", "windows"),
     ("models", "tuning_step"),
     ("memory", "tuning_loop"),

@@ -43,6 +43,7 @@ INFO = ClipInfo(
         inversion_iterations=st.integers(0, 2**31 - 1),
         solver=TEXT,
         guidance_interval=st.integers(0, 2**31 - 1),
+        reuse_interval=st.integers(0, 2**31 - 1),
         keep=st.none() | TEXT,
         source_prompt=st.none() | TEXT,
         replace_cross=st.none() | st.floats(width=32, allow_nan=False),

@@ -122,6 +122,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "preset": [b"", b"quick", b"FAST", b"\xff", b"fast\0", b"f" * 5000],
     "solver": [b"", b"euler", b"DDIM", b"\xff", b"ddim\0", b"u" * 5000],
     "guidance_interval": [0, -1, 1001, 2**31 - 1, -(2**31)],
+    "reuse_interval": [0, -1, 1001, 2**31 - 1, -(2**31), 2],  # without the graphs for it
     "keep": [b"", b"sound", b"MOTION", b"\xff", b"motion\0", b"m" * 5000],
     "source_prompt": [b"", b" \t\n", b"a cat", b"\xff", b"a" * 5000],  # without what looks at the source
     "replace_cross": [np.nan, np.inf, -np.inf, -0.1, 1.1],

@@ -58,6 +58,7 @@ KEYS = [
     "steps",
     "guidance_scale",
     "guidance_interval",
+    "reuse_interval",
     "solver",
     "eta",
     "seed",

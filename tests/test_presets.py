@@ -73,7 +73,7 @@ def test_a_served_request_of_a_preset_is_that_of_its_settings(name):
 
 def test_servers_of_before_are_asked_for_nothing_that_they_do_not_know():
     usual = to_tensors("toy", PROMPT)
-    assert {"preset", "solver", "guidance_interval"}.isdisjoint(usual)
+    assert {"preset", "solver", "guidance_interval", "reuse_interval"}.isdisjoint(usual)
     assert from_tensors(to_tensors("toy", replace(PROMPT, solver="unipc"))).edit.solver == "unipc"
 
 
@@ -119,6 +119,7 @@ def test_a_client_sends_a_preset_and_refuses_one_that_would_be_ignored():
     [
         (("--solver", "ddim"), {"solver"}),
         (("--solver", "unipc", "--guidance-interval", "1"), {"solver", "guidance_interval"}),
+        (("--reuse-interval", "1"), {"reuse_interval"}),
         (("--preset", "fast"), set()),
     ],
 )

@@ -71,5 +71,11 @@ class Engine(Protocol):
         Told of attention control it answers with one channel more: where the blend words look.
         """
 
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        """As `predict`, and the features (b, f, c', h, w) that came to the UNet's outermost layers from below.
+
+        `predict` runs those layers alone where it is told of features, by that name, beside the text.
+        """
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (b, c, f, h, w) → uint8 frames (b, f, H, W, 3), which come to the host in one transfer."""

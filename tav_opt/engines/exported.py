@@ -30,7 +30,9 @@ from tav_opt.ddim import Schedule, Text, Timestep, timestep_rows
 from tav_opt.repository import layout, specs
 from tav_opt.repository.layout import MANIFEST, check_unaltered, info_of
 from tav_opt.repository.specs import GraphSpec, TensorSpec
+from tav_opt.reuse import FEATURES
 from tav_opt.video.pixels import to_frames, to_host, to_unit
+from tav_opt.windows import begins
 
 Call = Callable[..., dict[str, Tensor]]
 """A graph by its inputs' names → its outputs by theirs, their first axis as long as the inputs'."""
@@ -129,7 +131,8 @@ class ExportedBase:
         further = set(told) - {"text"}
         if not further:
             return "unet"
-        variants = {name: set(spec.further) for name, spec in self.added.items() if spec.is_unet}
+        plain = {name: spec for name, spec in self.added.items() if spec.is_unet and not spec.gives_features}
+        variants = {name: set(spec.further) for name, spec in plain.items()}
         found = next((name for name, taken in variants.items() if taken == further), None)
         if found is None:
             there = "; ".join(f"{name} takes {', '.join(sorted(taken))}" for name, taken in variants.items())
@@ -137,6 +140,14 @@ class ExportedBase:
                 f"base {self.folder.name} has no UNet that takes {', '.join(sorted(further))}"
                 f"{there and f' ({there})'}: export it with what the edit asks for"
             )
+        return found
+
+    @property
+    def unet_with_features(self) -> str:
+        """The graph of the UNet that gives features; raises InputError where there is none."""
+        found = next((name for name, spec in self.added.items() if spec.gives_features), None)
+        if found is None:
+            raise InputError(f"base {self.folder.name} has no UNet that gives features: export it with that")
         return found
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
@@ -219,6 +230,12 @@ class ExportedEngine:
         networks = {name: spec for name, spec in networks.items() if not spec.is_unet}
         added = {output.name: _bytes(output) for spec in networks.values() for output in spec.outputs}  # of a frame
         unets = {self.base.unet_for(told)}
+        kept = 0
+        if FEATURES in told:  # of each window, from step to step
+            unets.add(self.base.unet_with_features)
+            spec = self.base.added[self.base.unet_with_features]
+            count = len(begins(max(frames, self.info.frames), self.info.network_frames))
+            kept = 2 * prompts * (count + windows) * _bytes(spec.outputs[-1])
         if networks:
             unets |= {name for name, spec in self.base.added.items() if spec.is_unet and {*spec.further} <= {*added}}
         items = {"text_encoder": MAX_PROMPTS + 1, "vae_decoder": part, "vae_encoder": part * encode}
@@ -228,7 +245,7 @@ class ExportedEngine:
         # What is added: as the networks give it, of all frames, and as the UNet takes it.
         both = max(frames, self.info.frames) + windows * self.info.network_frames
         # The frames of all prompts as they are put together, and in the response.
-        return self.base.graphs.extra_bytes(items) + 2 * prompts * (pixels + both * sum(added.values()))
+        return self.base.graphs.extra_bytes(items) + kept + 2 * prompts * (pixels + both * sum(added.values()))
 
     @property
     def source(self) -> ClipConfig | None:
@@ -254,7 +271,7 @@ class ExportedEngine:
         """Those that were exported with the base for its runtime; raises InputError where none of them was."""
         there = {graph: spec for graph, spec in self.base.added.items() if graph.partition("_")[0] in NETWORKS}
         if there and not there.keys() & self.calls.keys():
-            self._check_made(min(there))
+            self._made(min(there))
         found: dict[str, Network] = {}
         for graph in there.keys() & self.calls.keys():
             kind, _, name = graph.partition("_")
@@ -262,10 +279,11 @@ class ExportedEngine:
             found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once)
         return found
 
-    def _check_made(self, graph: str) -> None:
+    def _made(self, graph: str) -> str:
         if graph not in self.calls:
             made_by = self.base.graphs.made_by
             raise InputError(f"{self.kind} has not {graph} of base {self.base.folder.name}: export it with {made_by}")
+        return graph
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         return self.calls["text_encoder"](input_ids=self.base.tokenize(prompts))["text"]
@@ -284,18 +302,18 @@ class ExportedEngine:
         return self.base.tokenizer
 
     def check_told(self, told: Collection[str]) -> None:
-        self._unet_for(told)
-
-    def _unet_for(self, told: Collection[str]) -> str:
-        unet = self.base.unet_for(told)
-        self._check_made(unet)
-        return unet
+        self._made(self.base.unet_for(told))
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,); the names of what is told choose the graph."""
         told = {"text": text} if isinstance(text, Tensor) else text
-        unet = self._unet_for(told)
+        unet = self._made(self.base.unet_for(told))
         return self.calls[unet](latents=latents, timestep=timestep_rows(timestep, latents), **told)["noise"]
+
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        unet = self._made(self.base.unet_with_features)
+        found = self.calls[unet](latents=latents, timestep=timestep_rows(timestep, latents), text=text)
+        return found["noise"], found[FEATURES]
 
     def decode(self, latents: Tensor, on_part: Callable[[], object] = lambda: None) -> np.ndarray:
         """As every engine; `on_part` is called before each call of the VAE, and what it raises goes through."""

@@ -67,18 +67,20 @@ class VaeDecoder(nn.Module):
 class ClipUNet(nn.Module):
     """The video UNet as a function of a clip's own values: everything else in it is constant.
 
-    `further` names what it is told beside the text, as `unet.arguments` has it.
+    `further` names what it is told beside the text, as `unet.arguments` has it; where it `gives_features`, it answers
+    with those that came to the outermost layers too.
     """
 
-    def __init__(self, unet: nn.Module, further: Sequence[str] = ()) -> None:
+    def __init__(self, unet: nn.Module, further: Sequence[str] = (), *, gives_features: bool = False) -> None:
         super().__init__()
         self.unet, self.further = unet, tuple(further)
+        self._switches = {"gives_features": True} if gives_features else {}
 
     def forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor, *further: Tensor, values: dict[str, Tensor]
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """latents (b,c,f,h,w), timestep (b,), text (b,tokens,width), values by parameter name → noise or v."""
-        told = arguments(dict(zip(self.further, further, strict=True)))
+        told = arguments(dict(zip(self.further, further, strict=True))) | self._switches
         return torch.func.functional_call(self.unet, values, (latents, timestep, text), told)
 
 
@@ -123,6 +125,9 @@ class TorchEngine:
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         return self.sd.predict(latents, timestep, text)
+
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sd.predict_with_features(latents, timestep, text)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return models.decode_video(self.sd, latents)
@@ -259,7 +264,9 @@ class TorchGraphs:
             "vae_decoder": VaeDecoder(sd.vae),
         }
         self._parts |= {
-            name: ClipUNet(sd.unet, spec.further) for name, spec in specs.added(folder).items() if spec.is_unet
+            name: ClipUNet(sd.unet, spec.further, gives_features=spec.gives_features)
+            for name, spec in specs.added(folder).items()
+            if spec.is_unet
         }
         self._lock = threading.Lock()  # a clip's values take the place of the model's own during a call
 

@@ -58,6 +58,8 @@ class ExportConfig:
     """Our attention kernel in tensorrt's engines (tensorrt-rtx takes none); without it, scores of n × 2n are kept."""
     attention_control: bool = False
     """Add the UNet's graph with attention control to the base, for --keep and the settings beside it."""
+    feature_reuse: bool = False
+    """Add two more graphs of the UNet to the base, over the same weights, for --reuse-interval; onnx."""
     networks: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
     """What clips on this base may follow maps by; where they were added before, again for another target."""
     half: bool = False
@@ -140,7 +142,7 @@ def _check_checkpoints(config: ExportConfig) -> None:
 
 def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None) -> list[Path]:
     """The clip's folder, and those of what is made beside its graphs."""
-    from tav_opt.export import controlled, exporting
+    from tav_opt.export import controlled, exporting, reusable
 
     def report(name: str, found: Parity) -> None:
         print(f"{name}: largest error {found.error:.1e} against eager PyTorch (tolerance {found.tolerance.error:.0e})")
@@ -148,6 +150,8 @@ def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None)
     def report_edit(name: str, found: EditParity) -> None:
         print(f"a whole edit by {name}: {found.psnr:.1f} dB against eager PyTorch ({found.least:g} dB at least)")
 
+    further = [controlled.CONTROLLED] if config.attention_control else []
+    further += reusable.REUSABLE if config.feature_reuse else []
     with progress.shown(leave=False) as on_progress:
         folder = exporting.export(
             checkpoint,
@@ -159,7 +163,7 @@ def _export_one(checkpoint: Path, config: ExportConfig, plan: build.Plan | None)
             inversion=InversionConfig(steps=config.inversion_steps, iterations=config.inversion_iterations),
             controlnets=named("controlnet", config.networks.controlnet, "PLACE"),
             adapters=named("adapter", config.networks.adapter, "PLACE"),
-            further=[controlled.CONTROLLED] if config.attention_control else [],
+            further=further,
             on_graph=report,
             on_edit=report_edit,
             on_progress=on_progress,

@@ -117,20 +117,22 @@ def unet_graph(
     *,
     name: str = "unet",
     further: Sequence[TensorSpec] = (),
+    features: Sequence[TensorSpec] = (),
 ) -> Graph:
     """The UNet's graph for latents (c, f, h, w), so many tokens and timesteps.
 
-    Of another name it is a variant, which is told `further` tensors by the names of `unet.arguments`.
+    Of another name it is a variant, which is told `further` tensors by the names of `unet.arguments`, or gives the
+    `features` of its outermost layers.
     """
     text = _tensor("text", "b", tokens, unet.config.cross_attention_dim)
     return Graph(
         spec=GraphSpec(
             name=name,
             inputs=(_tensor("latents", "b", *latent_shape), _tensor("timestep", "b", dtype="int64"), text, *further),
-            outputs=(_tensor("noise", "b", *latent_shape),),
+            outputs=(_tensor("noise", "b", *latent_shape), *features),
             values={name: _tensor(input_name(name), *value.shape) for name, value in values.items()},
         ),
-        module=ClipUNet(unet, [one.name for one in further]),
+        module=ClipUNet(unet, [one.name for one in further], gives_features=bool(features)),
         values=values,
         below=timesteps,
         kind="unet",
@@ -142,11 +144,13 @@ def unet_variant(
     values: dict[str, Tensor],
     latent_shape: Sequence[int],
     name: str,
-    further: Sequence[TensorSpec],
+    further: Sequence[TensorSpec] = (),
+    features: Sequence[TensorSpec] = (),
 ) -> Graph:
-    """The UNet's graph of a base that is told `further` tensors by the names of `unet.arguments`."""
+    """A base's UNet that is told `further` tensors by the names of `unet.arguments`, or gives `features`."""
     tokens, timesteps = sd.tokenizer.model_max_length, len(sd.schedule.alphas_cumprod)
-    return unet_graph(sd.unet, values, latent_shape, tokens, timesteps, name=name, further=further)
+    told: dict[str, Any] = {"name": name, "further": further, "features": features}
+    return unet_graph(sd.unet, values, latent_shape, tokens, timesteps, **told)
 
 
 def unet_of(sd: StableDiffusion, values: dict[str, Tensor], spec: GraphSpec) -> Graph:

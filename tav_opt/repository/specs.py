@@ -49,7 +49,12 @@ class GraphSpec:
     @property
     def is_unet(self) -> bool:
         """Whether it is one of the base's UNet, which alone predicts noise (or v)."""
-        return tuple(output.name for output in self.outputs) == ("noise",)
+        return self.outputs[0].name == "noise"
+
+    @property
+    def gives_features(self) -> bool:
+        """Whether it is a UNet that gives the features of its outermost layers, too."""
+        return self.is_unet and len(self.outputs) > 1
 
     @property
     def further(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class RowwiseEngine(Protocol):
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
         """`timestep`: one for all rows, or int64 (b,)."""
 
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The same."""
+
+
+Answer = Tensor | tuple[Tensor, ...]
+
 
 def shared_by(engine: RowwiseEngine) -> str:
     """Whose calls may be one: all edits of one export of a clip, on one base, by one engine.
@@ -45,9 +51,10 @@ class _Call:
     latents: Tensor
     timestep: Timestep
     text: Text
+    ask: Literal["predict", "predict_with_features"] = "predict"
     together: int = 1
     """How many were answered with it."""
-    answer: Tensor | Exception | None = None
+    answer: Answer | Exception | None = None
 
     @property
     def told(self) -> Mapping[str, Tensor]:
@@ -147,22 +154,26 @@ def _told(text: Text) -> Mapping[str, Tensor]:
 
 
 def _alike(batch: list[_Call]) -> list[list[_Call]]:
-    """Those together whose network is told the same things: of others it is another graph."""
-    found: dict[frozenset[str], list[_Call]] = {}
+    """Those together whose network is asked for and told the same things: of others it is another graph."""
+    found: dict[tuple[str, frozenset[str]], list[_Call]] = {}
     for call in batch:
-        found.setdefault(frozenset(_told(call.text)), []).append(call)
+        found.setdefault((call.ask, frozenset(_told(call.text))), []).append(call)
     return list(found.values())
 
 
-def _together(engine: RowwiseEngine, batch: list[_Call]) -> tuple[Tensor, ...]:
+def _together(engine: RowwiseEngine, batch: list[_Call]) -> tuple[Answer, ...]:
     """One call of the engine for all; what each edit asked for."""
+    ask: Callable[[Tensor, Timestep, Any], Answer] = getattr(engine, batch[0].ask)
     if len(batch) == 1:
-        return (engine.predict(batch[0].latents, batch[0].timestep, batch[0].text),)
+        return (ask(batch[0].latents, batch[0].timestep, batch[0].text),)
     timesteps = torch.cat([timestep_rows(call.timestep, call.latents) for call in batch])
     latents = torch.cat([call.latents for call in batch])
     told = {name: torch.cat([_told(call.text)[name] for call in batch]) for name in _told(batch[0].text)}
     text = told["text"] if len(told) == 1 else told
-    return engine.predict(latents, timesteps, text).split([len(call.latents) for call in batch])
+    answer, rows = ask(latents, timesteps, text), [len(call.latents) for call in batch]
+    if isinstance(answer, Tensor):
+        return answer.split(rows)
+    return tuple(zip(*(part.split(rows) for part in answer), strict=True))
 
 
 class _Member:
@@ -175,7 +186,13 @@ class _Member:
         return getattr(self.engine, name)
 
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
-        call = _Call(latents, timestep, text)
+        return cast(Tensor, self._answered(_Call(latents, timestep, text)))
+
+    def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
+        call = _Call(latents, timestep, text, "predict_with_features")
+        return cast(tuple[Tensor, Tensor], self._answered(call))
+
+    def _answered(self, call: _Call) -> Answer:
         self._group.predict(self, call)
         self._report.together = max(self._report.together, call.together)
         if isinstance(call.answer, Exception):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tav_opt.conditions.attention_control import CONTROL
 from tav_opt.contract import Request
+from tav_opt.reuse import FEATURES
 from tav_opt.serving.failures import Unavailable
 from tav_opt.serving.served_engine import ServedEngine
 
@@ -51,7 +52,7 @@ def _bytes_of(
         engine.extra_bytes,
         encode=request.video is not None or request.source_frames is not None,
         windows=windows,
-        told=("text", *CONTROL) if controlled else ("text",),
+        told=("text", *(CONTROL if controlled else ()), *((FEATURES,) if request.edit.reuse_interval > 1 else ())),
         controls=[one.name for one in request.edit.controls],
         frames=frames,
     )

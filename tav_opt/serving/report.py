@@ -61,7 +61,8 @@ class Report:
             found |= {"steps": edit.steps, "inversion_steps": edit.inversion_steps}
             found |= {"inversion_iterations": edit.inversion_iterations}
             found |= {"guidance_scale": edit.guidance_scale, "solver": edit.solver}
-            found |= {"guidance_interval": edit.guidance_interval, "eta": edit.eta, "seed": edit.seed}
+            found |= {"guidance_interval": edit.guidance_interval, "reuse_interval": edit.reuse_interval}
+            found |= {"eta": edit.eta, "seed": edit.seed}
             found |= {"output": request.output, "inversion": self.inversion or "none"}
             if prompts:
                 found |= {"prompt": list(edit.prompts), "negative_prompt": edit.negative_prompt}

@@ -84,7 +84,7 @@ _SETTINGS = (
 the inversion are those of tuning, and controls need maps of each video."""
 _FRAME_BY_FRAME = ("per-frame", "plug-and-play")
 """Kinds of methods that know no video."""
-_OF_VIDEOS = ("inversion_iterations", *CONTROL_SETTINGS)
+_OF_VIDEOS = ("inversion_iterations", "reuse_interval", *CONTROL_SETTINGS)
 """Settings of edits that do nothing for them."""
 _NETWORKS = ("clip", "pick_score", "dino")
 
