@@ -87,9 +87,9 @@ def test_the_four_real_clips(four: Path, suite_of_four: Path) -> None:
 def test_ours_is_what_tune_and_edit_make(four: Path, suite_of_four: Path, tmp_path: Path) -> None:
     """The commands for one clip, told the same: bit for bit but for the file's compression."""
     store = UnitStore(four)
-    tuned = {unit.name: unit for unit in planned(suite_of_four) if unit.kind == "tune"}
-    unit = tuned["car-turn"]
-    assert unit.method is not None
+    tunes = [unit for unit in planned(suite_of_four) if (unit.kind, unit.name) == ("tune", "car-turn")]
+    unit = next(unit for unit in tunes if unit.method is not None and unit.method.name == "ours")
+    assert unit.method is not None and len(tunes) == 2, "another method has its own of that name"
     engine = open_checkpoint(store.folder(unit))
     from tav_opt import editing
 
