@@ -1,18 +1,24 @@
-"""A suite's file: what may stand in it, what is refused in one line, and public benchmarks' manifests."""
+"""A suite's file: what may stand in it, what is refused in one line; its units, and what they will take."""
 
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from suites import entry, evaluate, random_video, written
 
+from tav_opt.base.directory import Base
 from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig
 from tav_opt.demo.subjects import MOVING
+from tav_opt.memory import outline
 from tav_opt.metrics.left_out import LeftOut
+from tav_opt.models import StableDiffusion
+from tav_opt.suite import planning
 from tav_opt.suite import units as module
 from tav_opt.suite.planning import Plan, plan_of
 from tav_opt.suite.suite_file import read_suite
@@ -228,6 +234,21 @@ def test_what_methods_share_is_called_by_the_video(small) -> None:
 
 
 # Plans.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outlines() -> Iterator[None]:
+    """Models without values are made once: nothing changes them, and it takes seconds."""
+    made: dict[Any, Any] = {}
+
+    def of(base: Base, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+        key = base.path, dtype
+        made[key] = made.get(key) or outline.of(base, dtype)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "outline", SimpleNamespace(of=of))
+        yield
 
 
 def plan(folder: Path, **more: Any) -> Plan:
