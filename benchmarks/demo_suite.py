@@ -1,7 +1,8 @@
 """A suite on the demo's world: 16 clips that no setting was chosen on, 64 edits, six methods.
 
 `python benchmarks/demo_suite.py --folder demo-out/suite` draws the clips (npm fetches the animations) and writes
-`suite.yaml` beside them, as `benchmarks/demo_suite.yaml` has it; then `tav-opt evaluate demo-out/suite/suite.yaml`.
+`suite.yaml` beside them, as `benchmarks/demo_suite.yaml` has it; then `tav-opt evaluate demo-out/suite/suite.yaml`, and
+`--results runs` keeps the figures of its report.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 import yaml
+from common import machine
 
 from tav_opt import command
 from tav_opt.demo import subjects, world
@@ -23,7 +25,7 @@ from tav_opt.demo.emoji import JUDGED
 from tav_opt.demo.places import PLACES, PLAIN
 from tav_opt.demo.run import SMALL_GUIDANCE, SMALL_LR
 from tav_opt.demo.world import Scene
-from tav_opt.files import check_place, whole
+from tav_opt.files import check_place, read_object, whole, write_json
 from tav_opt.metrics.clip_encoder import DEMO
 
 SEED = 1919
@@ -62,6 +64,10 @@ class DemoSuite:
 
     folder: Path = Path("demo-out/suite")
     """Where the clips and suite.yaml go, with links to the package's model and encoder."""
+    results: Path | None = None
+    """Folder of results of `tav-opt evaluate`; its report's figures are written, and nothing is drawn."""
+    out: Path = Path("benchmarks/results/demo_suite.json")
+    """Where the figures go."""
 
 
 def crossings() -> list[Crossing]:
@@ -105,7 +111,19 @@ def suite() -> str:
     return HEAD + told
 
 
+def keep(results: Path, out: Path) -> None:
+    """The figures of a report: tables, and every edit's own."""
+    told = read_object(results / "report" / "report.json")
+    shown = ("method", "video", "edit", "prompt", "values")
+    edits = [{name: edit[name] for name in shown} for edit in told["edits"]]
+    names = ("networks", "table", "by category", "faults", "not done for them")
+    write_json(out, {"machine": machine()} | {name: told[name] for name in names} | {"edits": edits})
+
+
 def main(config: DemoSuite) -> int:
+    if config.results is not None:
+        keep(config.results, config.out)
+        return 0
     check_place(config.folder / "suite.yaml")
     config.folder.mkdir(parents=True, exist_ok=True)
     for number, crossing in enumerate(crossings()):

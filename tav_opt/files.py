@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 """Of an exported base, a clip or a set of engines: what it is, and the hashes of its files."""
 _LOG = logging.getLogger(__name__)
 _POINTER = b"version https://git-lfs"
+_URL = re.compile(r"[a-z][a-z0-9+]+:/")
+"""As a path has it, which makes one of two slashes."""
 _BESIDE = ".new-"
 """What lies beside begins so: short, since names have a limit."""
 _BESIDE_SECONDS = 10.0
@@ -121,6 +124,8 @@ def check_place(path: Path) -> None:
 
     Folders that are missing on the way are no fault.
     """
+    if _URL.match(str(path)):
+        raise InputError(f"{path} is a URL, not a folder or file: nothing can be written there")
     try:
         home = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
         Path(tempfile.mkdtemp(prefix=_BESIDE, dir=home)).rmdir()
@@ -128,6 +133,14 @@ def check_place(path: Path) -> None:
             (home / name).exists()  # an error where the name is too long for the file system
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def user_cache() -> Path:
+    """Where what can be had again is kept for this user."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # which its specification tells to ignore
+        base = os.path.expanduser("~/.cache")
+    return Path(base) / "tav-opt"
 
 
 def _given_mode(folder: Path) -> int:

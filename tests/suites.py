@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
-from tav_opt import video
+from tav_opt import cli, video
 from tav_opt.metrics.clip_encoder import DEMO
 
 PLACE = {"device": "cpu", "dtype": "float32"}
@@ -49,3 +50,15 @@ def random_video(path: Path, frames: int = 8, seed: int = 0) -> Path:
 def entry(path: Path | str, **more: Any) -> dict[str, Any]:
     """A video with one edit."""
     return {"video": str(path), "caption": "a dog", "edits": [{"prompt": "a cat", "category": "subject"}]} | more
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `tav-opt evaluate`."""
+    capsys.readouterr()
+    status = cli.main(["evaluate", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def ended(error: str) -> list[str]:
+    """The kinds and names of the units that a run did."""
+    return [line.split("] ")[1].split(":")[0] for line in error.splitlines() if line.startswith("[")]

@@ -1,26 +1,26 @@
-"""A suite's file: what may stand in it, what is refused in one line, and public benchmarks' manifests."""
+"""A suite's file: what may stand in it, what is refused in one line; its units, and what they will take."""
 
 from __future__ import annotations
 
-import csv
-import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from suites import entry, random_video, written
+import torch
+from suites import entry, evaluate, random_video, written
 
+from tav_opt.base.directory import Base
 from tav_opt.config import ClipConfig, EditConfig, InputError, TrainConfig
 from tav_opt.demo.subjects import MOVING
+from tav_opt.memory import outline
 from tav_opt.metrics.left_out import LeftOut
-from tav_opt.suite import tgve
+from tav_opt.models import StableDiffusion
+from tav_opt.suite import planning
 from tav_opt.suite import units as module
-from tav_opt.suite.manifests import READERS, read
-from tav_opt.suite.planning import Plan, plan_of, table
+from tav_opt.suite.planning import Plan, plan_of
 from tav_opt.suite.suite_file import read_suite
 from tav_opt.suite.units import Place, missing_files, units
 
@@ -40,8 +40,9 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
     assert video.clip == ClipConfig(video=tmp_path / "dog.mp4") and video.edits[0].name == "subject"
 
 
-def test_the_demos_suite_is_what_its_maker_writes(tmp_path: Path) -> None:
+def test_the_demos_suite_is_what_its_maker_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 clips of subjects that no setting was chosen on, an edit of each of the paper's kinds."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
     maker = runpy.run_path(str(BENCHMARKS / "demo_suite.py"))
     text = (BENCHMARKS / "demo_suite.yaml").read_text()
     assert text == maker["suite"]()
@@ -232,123 +233,22 @@ def test_what_methods_share_is_called_by_the_video(small) -> None:
     assert names == {"tune/dog", "invert/dog"}
 
 
-# Manifests.
-
-
-def clip_at(path: Path) -> ClipConfig:
-    return ClipConfig(video=path)
-
-
-def test_tgve_as_one_table(shared: Path) -> None:
-    found = read("tgve", shared / "suites" / "tgve.csv", Path("data"), None, clip_at)
-    assert len(found) == 76 and sum(len(video.edits) for video in found) == 304
-    first = found[0]
-    assert first.clip.video == Path("data/DAVIS_480p/480p_frames/bmx-rider") and first.source == "davis"
-    categories = [(edit.name, edit.category) for edit in first.edits]
-    assert categories == [
-        ("style", "style"),
-        ("object", "subject"),
-        ("background", "background"),
-        ("multiple", "mixed"),
-    ]
-
-
-HEADING = [
-    "Video name",
-    "Our GT caption",
-    "Style Change Caption",
-    "Object Change Caption",
-    "Background Change Caption",
-    "Multiple Changes Caption",
-]
-
-
-def as_csv(path: Path, rows: list[list[str]]) -> Path:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return path
-
-
-def test_tgve_as_it_is_published(tmp_path: Path) -> None:
-    file = as_csv(
-        tmp_path / "own.csv",
-        [
-            [*HEADING, ""],
-            ["DAVIS Videos:", *[""] * 6],
-            ["bear ", "a bear", "a bear, ink", "a cow", "a bear on ice", "a cow on ice, ink", ""],
-            [""] * 7,
-            ["Youtube Videos:", *[""] * 6],
-            ["cars", "cars", "cars, ink", "buses", "cars on ice", "buses on ice, ink", ""],
-        ],
-    )
-    bear, cars = read("tgve", file, tmp_path, None, clip_at)
-    assert (bear.name, bear.source, cars.source, bear.edits[1].prompt) == ("bear", "davis", "youtube", "a cow")
-    assert cars.clip.video == tmp_path / "youtube_480p/480p_frames/cars"
-    as_csv(tmp_path / "own.csv", [HEADING, ["bear", *["x"] * 5]])
-    with pytest.raises(InputError, match="row 2: 'bear' stands before a row such as 'DAVIS Videos:'"):
-        read("tgve", file, tmp_path, None, clip_at)
-
-
-def test_results_in_tgves_layout(tmp_path: Path) -> None:
-    frames = np.full((2, 64, 64, 3), (200, 40, 90), np.uint8)
-    out = tgve.write_result(tmp_path, "videvo", "cars", "multiple", frames)
-    assert out == tmp_path / "videvo_480p" / "cars" / "multiple"
-    assert [path.name for path in sorted(out.iterdir())] == ["00000.jpg", "00001.jpg"]
-    picture = np.asarray(Image.open(out / "00000.jpg"))
-    assert picture.shape == (480, 480, 3) and abs(picture.astype(int) - (200, 40, 90)).max() < 4
-    tgve.write_result(tmp_path, "videvo", "cars", "multiple", frames[:1] // 2)
-    (again,) = out.iterdir()
-    assert abs(np.asarray(Image.open(again)).astype(int) - (100, 20, 45)).max() < 4, "the newer result"
-
-
-def test_v2vbench_editboard_five_and_davis(tmp_path: Path) -> None:
-    (tmp_path / "hike").mkdir()
-    v2v = written(tmp_path, {"data": [{"video_id": "hike", "edit": [{"prompt": "a"}, {"prompt": "b"}]}]}, "v2v.yaml")
-    (hike,) = read("v2vbench", v2v, tmp_path, None, clip_at)
-    assert ([e.name for e in hike.edits], hike.caption, hike.clip.video) == (["0", "1"], None, tmp_path / "hike")
-
-    columns = ["original_video_path", "edited_video_path", "semantic_mask_path", "source_prompt", "target_prompt"]
-    rows = [["./sample/bear", f"./sample/bear_{n}", "./sample/bear_mask", "a bear", f"a {n} bear"] for n in "ab"]
-    (bear,) = read("editboard", as_csv(tmp_path / "s.csv", [columns, *rows]), tmp_path, None, clip_at)
-    assert [edit.name for edit in bear.edits] == ["bear_a", "bear_b"] and bear.mask == tmp_path / "sample/bear_mask"
-
-    for column, other, words in (
-        (0, "./other/bear", "two paths"),
-        (2, "./sample/bear_mask_2", "two masks"),
-        (3, "a brown bear", "two source prompts"),
-    ):
-        changed = [rows[0], [other if index == column else cell for index, cell in enumerate(rows[1])]]
-        with pytest.raises(InputError, match=f"bear has {words}: .*{Path(other).name}"):
-            read("editboard", as_csv(tmp_path / "s.csv", [columns, *changed]), tmp_path, None, clip_at)
-
-    prompts = tmp_path / "edit_prompt"
-    prompts.mkdir()
-    for number in (1, 3):
-        told = {"video_name": "0001_bus", "source_prompt": "a bus", "target_prompt": f"edit {number}", "more": 1}
-        (prompts / f"edit{number}_FiVE.json").write_text(json.dumps([told]))
-    (bus,) = read("five", prompts, tmp_path / "videos", tmp_path / "bmasks", clip_at)
-    assert [(e.name, e.category) for e in bus.edits] == [("edit1", "subject"), ("edit3", "other")]
-    assert bus.mask == tmp_path / "bmasks/0001_bus" and bus.clip.video == tmp_path / "videos/0001_bus.mp4"
-
-    rows = [["bear", "a bear", "a cow", "subject"], ["bear", "", "a bear, ink", "style"]]
-    file = as_csv(tmp_path / "davis.csv", [["video", "caption", "prompt", "category"], *rows])
-    (davis,) = read("davis", file, tmp_path / "480p", tmp_path / "masks", clip_at)
-    assert [e.name for e in davis.edits] == ["subject", "style"] and davis.caption == "a bear"
-
-
-@pytest.mark.parametrize("kind", READERS)
-def test_a_manifest_of_another_form_is_one_line(tmp_path: Path, kind: str) -> None:
-    file = tmp_path / ("edit1_FiVE.json" if kind == "five" else "manifest")
-    for content in ("{}", "[]", "a,b\n1,2\n", "data: [5]"):
-        file.write_text(content)
-        with pytest.raises(InputError, match=file.name) as caught:
-            read(kind, file, tmp_path, None, clip_at)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="absent"):
-        read(kind, tmp_path / "edit1_absent", tmp_path, None, clip_at)
-
-
 # Plans.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outlines() -> Iterator[None]:
+    """Models without values are made once: nothing changes them, and it takes seconds."""
+    made: dict[Any, Any] = {}
+
+    def of(base: Base, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+        key = base.path, dtype
+        made[key] = made.get(key) or outline.of(base, dtype)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "outline", SimpleNamespace(of=of))
+        yield
 
 
 def plan(folder: Path, **more: Any) -> Plan:
@@ -356,24 +256,25 @@ def plan(folder: Path, **more: Any) -> Plan:
     return plan_of(found, units(found, GPU, hashed=False), GPU)
 
 
-def test_all_of_tgve_is_planned_without_its_videos(shared: Path, tmp_path: Path) -> None:
-    found = suite(
-        tmp_path,
-        videos=None,
-        model="CompVis/stable-diffusion-v1-4",
-        clip={"frames": 32, "stride": 1, "height": 480, "width": 480},
-        manifest={"kind": "tgve", "file": str(shared / "suites" / "tgve.csv"), "folder": "absent"},
-        methods=["ours", "per-frame", "plug-and-play"],
-    )
-    planned = plan_of(found, units(found, GPU, hashed=False), GPU)
-    counts = {kind: need.units for kind, need in planned.needs.items()}
-    assert counts == {"source": 76, "tune": 76, "invert": 76, "edit": 912, "measure": 912}
-    told = table(planned, 250)
-    assert told.startswith("ESTIMATE, not a measurement") and "64 GPUs" in told and "is not here" in told
+def test_all_of_tgve_is_planned_without_its_videos(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {
+        "model": "CompVis/stable-diffusion-v1-4",
+        "clip": {"frames": 32, "stride": 1, "height": 480, "width": 480},
+        "manifest": {"kind": "tgve", "file": str(shared / "suites" / "tgve.csv"), "folder": "absent"},
+        "methods": ["ours", "per-frame", "plug-and-play"],
+    }
+    status, out, error = evaluate(capsys, written(tmp_path, told), "--dry")
+    assert status == 0 and not error and "76 videos, 304 edits, 3 methods" in out
+    assert "ESTIMATE, not a measurement" in out and "64 GPUs" in out and "files that it needs are not here" in out
+    lines = [line.split() for line in out.splitlines()]
+    found = {line[0]: line[1:] for line in lines if len(line) == 5 and line[1].isdigit()}
+    counts = {kind: int(numbers[0]) for kind, numbers in found.items()}
+    assert counts == {"source": 76, "tune": 76, "invert": 76, "edit": 912, "measure": 912, "all": 2052}
     # 74.35 M trained values (DESIGN.md) in fp16, and two latents of 32 × 4 × 60 × 60 in fp32, each of 76 clips.
-    assert planned.needs["tune"].disk_gib * 2**30 == pytest.approx(
-        76 * (2 * 74.35e6 + 2 * 4 * 32 * 4 * 60 * 60), rel=0.01
-    )
+    bytes_kept = 76 * (2 * 74.35e6 + 2 * 4 * 32 * 4 * 60 * 60)
+    assert float(found["tune"][3]) == pytest.approx(bytes_kept / 2**30, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

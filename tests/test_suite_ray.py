@@ -53,9 +53,8 @@ def driver(suite: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """`tav-opt evaluate` as it is run."""
     code = "import sys; from tav_opt.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "evaluate", str(suite), "--out", str(out), *options]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # else a busy machine starves workers
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def tuned(out: Path) -> dict[str, dict[str, Any]]:

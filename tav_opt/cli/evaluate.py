@@ -12,8 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from tav_opt.cli.common import Dtype
-from tav_opt.config import Within, check_numbers
-from tav_opt.files import check_place
+from tav_opt.config import InputError, Within, check_numbers
 
 if TYPE_CHECKING:
     from tav_opt.suite.suite_types import Suite
@@ -25,12 +24,15 @@ class Evaluate:
 
     suite: Positional[Path]
     """YAML file (docs/suite.md)."""
-    out: Path = Path("runs")
-    """Folder of all results; units that are whole there are not done again."""
+    out: str = "runs"
+    """Folder of all results, or a URL that fsspec writes, as s3://bucket/folder (pip install s3fs); units that are
+    whole there are not done again."""
     dry: bool = False
     """Only say what it takes: units, hours and GiB, as an estimate; videos need not be there."""
     teraflops: Annotated[float, Within(0.001, 10**6)] = 250.0
     """For --dry: what a GPU is assumed to compute, in 10^12 operations a second."""
+    report: bool = False
+    """Only write the report of what is done by now, as while another process evaluates; nothing is computed."""
     tgve: Path | None = None
     """Folder for each method's edits in the layout that TGVE's own evaluation script reads; for its manifest."""
     workers: Annotated[int, Within(1, 4096)] | None = None
@@ -47,23 +49,33 @@ def run(arguments: Sequence[str]) -> int:
     """Tune, edit, measure and compare many clips."""
     args = tyro.cli(Evaluate, prog="tav-opt evaluate", args=arguments)
     check_numbers(args)
+    _check_together(args)
     from tav_opt.suite.suite_file import read_suite
 
     suite = read_suite(args.suite)
     if args.dry:
         return _dry(args, suite)
-    check_place(args.out / "units")
     from tav_opt.suite import evaluating
 
     where = evaluating.Where(device=args.device, dtype=args.dtype, workers=args.workers, ray=args.ray)
     with evaluating.shown() as show:
-        outcome = evaluating.evaluate(suite, args.out, where, show, tgve=args.tgve)
+        outcome = evaluating.evaluate(suite, args.out, where, show, tgve=args.tgve, only_report=args.report)
     for name, fault in outcome.faults.items():
         print(f"tav-opt evaluate: {name}: {fault}", file=sys.stderr)
     if outcome.kept_back:
         print(f"tav-opt evaluate: {len(outcome.kept_back)} units need what failed", file=sys.stderr)
     print(outcome.report)
+    if outcome.report_url is not None:
+        print(outcome.report_url)
     return 1 if outcome.faults else 0
+
+
+def _check_together(args: Evaluate) -> None:
+    """Raises InputError for an option that would do nothing beside --dry or --report."""
+    only = "dry" if args.dry else "report" if args.report else None
+    idle = {"dry": ("report", "tgve", "workers", "ray"), "report": ("workers",), None: ()}[only]
+    if given := next((name for name in idle if getattr(args, name)), None):
+        raise InputError(f"--{given} does nothing with --{only}: nothing is computed")
 
 
 def _dry(args: Evaluate, suite: Suite) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from tav_opt.config import WorkerConfig
 from tav_opt.engines.exported import ExportedEngine, usable_cores
+from tav_opt.files import user_cache
 from tav_opt.memory.free import free_bytes
 from tav_opt.memory.promises import LOCK, Memory
 from tav_opt.serving.batching import Batches
@@ -84,10 +84,7 @@ def cache_folder(config: WorkerConfig) -> Path | None:
         return None
     if config.cache is not None:
         return config.cache
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # which its specification tells to ignore
-        base = os.path.expanduser("~/.cache")
-    return Path(base) / "tav-opt" / "inversions"
+    return user_cache() / "inversions"
 
 
 def threads_of(config: WorkerConfig, device: torch.device) -> int | None:

@@ -103,12 +103,17 @@ def check(suite: Suite) -> None:
             raise InputError(f"{suite.file}: {video.name}: {error}") from None
 
 
-def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Path | None = None) -> Outcome:
-    """Does all of a suite that is not done yet, and writes the report of all that is.
+def evaluate(
+    suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Path | None = None, only_report: bool = False
+) -> Outcome:
+    """Does all of a suite that is not done yet, unless `only_report`, and writes the report of all that is.
 
     `tgve` is a folder for the edits of a suite of TGVE's manifest in its own layout, `METHOD/SOURCE_480p/…`. Raises
     InputError where something is not there, before anything long begins, and when the disk is full.
     """
+    store = UnitStore.at(out)
+    if not only_report:
+        store.check()
     check(suite)
     metrics = pinned(suite.metrics)
     suite = replace(suite, metrics=metrics, measured_by=measured_by(metrics))
@@ -117,22 +122,39 @@ def evaluate(suite: Suite, out: PathLike, where: Where, show: Shown, *, tgve: Pa
             raise InputError(f"{suite.file} has no manifest of TGVE, whose layout {tgve} would have")
         for method in suite.methods:
             check_place(tgve / method.name / "results")
-    outcome = do(suite, out, where, show, lambda place: units(suite, place))
-    store = UnitStore(Path(out))
+    if only_report:
+        outcome = Outcome(_planned(suite, where), {}, [])
+    else:
+        outcome = do(suite, out, where, show, lambda place: units(suite, place))
     found = results.rows(suite, outcome.units, store)
+    if only_report and not found:
+        raise InputError(f"{out} has no edit of {suite.file} that is measured: there is nothing to report yet")
     page = report_folder.write(suite, found, outcome.faults, outcome.kept_back, store.root / "report")
+    if store.there is not None:
+        store.there.put(page.parent, page.parent.name, page.name)
+        outcome = replace(outcome, report_url=f"{store.there.url}/{page.parent.name}/{page.name}")
     if tgve is not None:
         _write_tgve(suite, found, tgve)
     return replace(outcome, report=page)
 
 
+def _planned(suite: Suite, where: Where) -> list[Unit]:
+    """As `do` plans them, on what units would run."""
+    if where.ray is None:
+        return units(suite, where.place())
+    with ray_workers.connected(where.ray, 1) as ray:
+        return units(suite, ray_workers.place_on(ray, where.device, where.dtype))
+
+
 def do(suite: Suite, out: PathLike, where: Where, show: Shown, planned: Callable[[Place], list[Unit]]) -> Outcome:
     """Does units, in this process or by workers: the same code, and the same results."""
-    store = UnitStore(Path(out))
+    store = UnitStore.at(out)
     with store.claimed():
         if where.workers is None and where.ray is None:
             place = where.place()
             return run(planned(place), store, InProcess(Workshop(suite, place, store), show.on_step), 1, show.on_end)
+        if store.there is not None and store.there.is_this_process:
+            raise InputError(f"{out} is seen by this process alone, not by workers: give a folder or another URL")
         with ray_workers.connected(where.ray, where.workers or 1) as ray:
             place = where.place() if where.ray is None else ray_workers.place_on(ray, where.device, where.dtype)
             found = planned(place)
@@ -150,7 +172,8 @@ def _pool(
     else:
         taken = ray_workers.resources(ray, place, gib)
         workers = ray_workers.fitting(where.workers, taken, ray.cluster_resources())
-    return ray_workers.RayPool(ray, suite, place, store.root, workers, taken), workers
+    out = str(store.root.absolute()) if store.there is None else store.there.url
+    return ray_workers.RayPool(ray, suite, place, out, workers, taken), workers
 
 
 def _write_tgve(suite: Suite, found: list[results.Row], folder: Path) -> None:

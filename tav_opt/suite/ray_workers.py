@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,11 +33,14 @@ TRIES = 3
 class Worker:
     """An actor: one workshop, in a process of its own."""
 
-    def __init__(self, suite: Suite, place: Place, root: Path, threads: int) -> None:
+    def __init__(self, suite: Suite, place: Place, out: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        if not root.is_dir():
-            raise InputError(f"{root} is not seen from {os.uname().nodename}: give a folder that all nodes share")
-        self._workshop = Workshop(suite, place, UnitStore(root))
+        store = UnitStore.at(out)
+        if store.there is None and not store.root.is_dir():
+            raise InputError(
+                f"{out} is not seen from {os.uname().nodename}: give a folder that all nodes share, or a URL"
+            )
+        self._workshop = Workshop(suite, place, store)
 
     def ready(self) -> None:
         """Answers as soon as the worker lives."""
@@ -55,13 +57,13 @@ class RayPool:
     its place, and its unit does not wait with it.
     """
 
-    def __init__(self, ray: Ray, suite: Suite, place: Place, root: Path, workers: int, resources: Mapping[str, float]):
+    def __init__(self, ray: Ray, suite: Suite, place: Place, out: str, workers: int, resources: Mapping[str, float]):
         threads = max(1, (os.cpu_count() or 1) // workers) if place.device == "cpu" else 1
         self._ray = ray
         self._make = lambda: (
             ray.remote(Worker)
             .options(**resources, max_restarts=0, max_task_retries=0)
-            .remote(suite, place, root.absolute(), threads)
+            .remote(suite, place, out, threads)
         )
         self._coming: dict[Any, tuple[Any, str]] = {}
         self._idle: list[tuple[Any, str]] = []

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,10 @@ def _facts(suite: Suite, found: Sequence[Row], compared: Sequence[Row]) -> list[
         *(f"{role}: {name}" for role, name in _networks(found).items()),
         "Means over edits; intervals are 95 % bootstrap intervals, whole videos drawn anew.",
     ]
+    if len(found) < suite.edits * len(suite.methods):
+        counts = Counter(row.method for row in found)
+        told = ", ".join(f"{method.name} {counts[method.name]}" for method in suite.methods)
+        said.insert(1, f"Not all is done. Of the {suite.edits} edits are measured: {told}.")
     left = {name: reason for row in found for name, reason in row.left_out.items()}
     return said + [f"{name}: left out of some edits or all, {reason}" for name, reason in left.items()]
 

@@ -38,13 +38,14 @@ class Cell:
 
 def rows(suite: Suite, planned: Iterable[Unit], store: UnitStore) -> list[Row]:
     """All edits that are measured, in the order of the suite."""
-    found = []
-    for unit in planned:
-        if unit.kind != "measure" or not store.done(unit):
+    measures = [unit for unit in planned if unit.kind == "measure"]
+    done, found = store.all_done(measures), []
+    for unit in measures:
+        if unit.id not in done:
             continue
         assert unit.method is not None and unit.edit is not None
-        source, edit = (store.folder(need) for need in unit.needs)
-        measured = read_object(store.folder(unit) / METRICS)
+        source, edit = (store.fetched(need) for need in unit.needs)
+        measured = read_object(store.fetched(unit) / METRICS)
         found.append(
             Row(
                 method=unit.method.name,

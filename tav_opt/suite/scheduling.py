@@ -116,6 +116,8 @@ class Outcome:
     """Names of units that need one that failed."""
     report: Path | None = None
     """The page."""
+    report_url: str | None = None
+    """The same, where results lie at a URL."""
 
 
 OnEnd = Callable[[Ended, Progress], object]
@@ -127,7 +129,7 @@ def run(planned: list[Unit], store: UnitStore, pool: Pool, workers: int, on_end:
     Raises DiskFull at once; every other fault is reported, and the units that do not depend on it are done.
     """
     faults: dict[str, str] = {}
-    done = {unit.id for unit in planned if store.done(unit)}
+    done = store.all_done(planned)
     waiting = Waiting(planned, done, model_of)
     left = Counter[str](unit.kind for unit in planned if unit.id not in done)
     progress = Progress(len(planned), workers, left, _seconds(planned, store, done))
@@ -165,6 +167,6 @@ def _told(unit: Unit, faults: Collection[str]) -> str:
 def _seconds(planned: list[Unit], store: UnitStore, done: set[str]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for unit in planned:
-        if unit.id in done:
+        if unit.id in done and store.is_here(unit):
             found.setdefault(unit.kind, []).append(float(store.about(unit).get("seconds", 0.0)))
     return found

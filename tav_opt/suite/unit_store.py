@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tav_opt.config import InputError
-from tav_opt.files import read_object, whole, write_json
+from tav_opt.config import InputError, PathLike
+from tav_opt.files import check_place, discard, read_object, sha256, user_cache, whole, write_json
+from tav_opt.suite.elsewhere import HASHES, Elsewhere, contents
 from tav_opt.suite.units import Unit
 
 ABOUT = "unit.json"
@@ -22,17 +24,77 @@ ABOUT = "unit.json"
 
 @dataclass(frozen=True)
 class UnitStore:
-    """The folder of a suite's results, which all workers share."""
+    """The folder of a suite's results, which all workers share; or this machine's copy of what they share at a URL."""
 
     root: Path
+    there: Elsewhere | None = None
+    """Where results count as done once they are whole there."""
+
+    @classmethod
+    def at(cls, out: PathLike) -> UnitStore:
+        """A folder, or any URL that fsspec writes: of that, what this machine has is kept in the user's cache."""
+        if "://" not in str(out):
+            return cls(Path(out))
+        there = Elsewhere(str(out))
+        return cls(user_cache() / "suites" / hashlib.sha256(there.url.encode()).hexdigest()[:16], there)
+
+    def check(self) -> None:
+        """Raises InputError where nothing could be written: said before the work that it is to hold."""
+        check_place(self.root / "units")
+        if self.there is not None:
+            self.there.check()
 
     def folder(self, unit: Unit | str) -> Path:
-        """That of a unit, or of its id."""
-        return self.root / "units" / (unit if isinstance(unit, str) else unit.id)
+        """That of a unit, or of its id, on this machine."""
+        return self.root / _place(unit)
 
     def done(self, unit: Unit | str) -> bool:
         """Whether its result is there and whole."""
+        return self.is_here(unit) if self.there is None else self.there.is_whole(_place(unit), ABOUT)
+
+    def all_done(self, planned: Iterable[Unit]) -> set[str]:
+        """The ids of those whose results are there and whole; of a URL, by one look at all of them."""
+        if self.there is None:
+            return {unit.id for unit in planned if self.is_here(unit)}
+        found = self.there.marked("units/*/*", ABOUT)
+        return {unit.id for unit in planned if _place(unit) in found}
+
+    def is_here(self, unit: Unit | str) -> bool:
+        """Whether its result is whole on this machine."""
         return (self.folder(unit) / ABOUT).is_file()
+
+    def keep(self, unit: Unit) -> bool:
+        """Whether its result is there and whole; what is whole here alone, as after a stop, is put there."""
+        if not self.done(unit):
+            if not self.is_here(unit):
+                return False
+            self._put(unit)
+        return True
+
+    def fetched(self, unit: Unit | str) -> Path:
+        """Its folder, whole on this machine: it is fetched if it is not."""
+        folder = self.folder(unit)
+        if self.there is not None and not self.is_here(unit):
+            with self._alone():  # the workers of one machine share its copies
+                if not self.is_here(unit):
+                    discard(folder)
+                    self.there.get(_place(unit), folder, ABOUT)
+        return folder
+
+    def _put(self, unit: Unit) -> None:
+        """A result that is whole here becomes so there, if it lies elsewhere."""
+        if self.there is not None:
+            folder = self.folder(unit)
+            hashes = {name: sha256(folder / name) for name in contents(folder) if name != ABOUT}
+            write_json(folder / ABOUT, read_object(folder / ABOUT) | {HASHES: hashes})
+            self.there.put(folder, _place(unit), ABOUT)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".fetching").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def about(self, unit: Unit | str) -> dict[str, Any]:
         """What is said of a result; raises InputError for one of another key, as after a file was copied by hand."""
@@ -52,6 +114,7 @@ class UnitStore:
             beside.mkdir()
             yield beside
             write_json(beside / ABOUT, _described(unit, about, began))
+        self._put(unit)
 
     @contextmanager
     def continuing(self, unit: Unit, about: dict[str, Any]) -> Iterator[Path]:
@@ -60,6 +123,7 @@ class UnitStore:
         began = time.perf_counter()
         yield place
         write_json(place / ABOUT, _described(unit, about, began))
+        self._put(unit)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -76,6 +140,10 @@ class UnitStore:
             raise InputError(f"{self.root} is being evaluated by another process: choose another --out") from None
         finally:
             os.close(descriptor)
+
+
+def _place(unit: Unit | str) -> str:
+    return f"units/{unit if isinstance(unit, str) else unit.id}"
 
 
 def _described(unit: Unit, about: dict[str, Any], began: float) -> dict[str, Any]:

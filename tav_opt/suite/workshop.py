@@ -59,7 +59,7 @@ class Workshop:
 
     def do(self, unit: Unit, on_step: OnStep = lambda *_: None) -> None:
         """Makes the unit's result, unless it is there. What it raises has left nothing that counts."""
-        if self.store.done(unit):
+        if self.store.keep(unit):
             return
         if unit.kind == "tune":
             self._tune(unit, on_step)
@@ -105,7 +105,7 @@ class Workshop:
 
     def _engine(self, unit: Unit) -> TorchEngine:
         """A tuned clip on its base."""
-        tuned = checkpoint.load(self.store.folder(unit.needs[1]))
+        tuned = checkpoint.load(self.store.fetched(unit.needs[1]))
         return engine_on(self._video_model(unit), tuned, self._device, self._dtype)
 
     # The units.
@@ -181,7 +181,7 @@ class Workshop:
         assert unit.edit is not None
         sd, config = self._image_model(unit), replace(method.edit, prompts=(unit.edit.prompt,))
         editing.check(config)
-        passed = load_file(self.store.folder(unit.needs[1]) / PASSED)["passed"].to(self._device, self._dtype)
+        passed = load_file(self.store.fetched(unit.needs[1]) / PASSED)["passed"].to(self._device, self._dtype)
         text = models.encode_prompt(sd, [config.negative_prompt, *config.prompts])
         empty = models.encode_prompt(sd, "")
         start = passed[-1:]
@@ -210,7 +210,7 @@ class Workshop:
     def _measure(self, unit: Unit, folder: Path, about: dict[str, Any], _on_step: OnStep) -> None:
         assert unit.edit is not None
         clip, caption = self._read(unit)
-        made = self.store.folder(unit.needs[1]) / EDIT
+        made = self.store.fetched(unit.needs[1]) / EDIT
         edited = Edited(
             frames=video.read(made).frames,  # what is measured is the file that people look at
             source=clip.frames,
@@ -236,7 +236,7 @@ class Workshop:
 
     def _read(self, unit: Unit) -> tuple[video.Clip, str]:
         """Frames and caption of a unit's source, which has been read once."""
-        folder = self.store.folder(unit.needs[0])
+        folder = self.store.fetched(unit.needs[0])
         told = read_object(folder / SOURCE)
         frames = np.load(folder / FRAMES, allow_pickle=False)
         return video.Clip(frames=frames, fps=float(told["fps"])), str(told["caption"])
