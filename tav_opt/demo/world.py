@@ -103,6 +103,24 @@ def compose_at(
     scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The same picture, and the middle of the visible subject in pixels, x and y."""
+    composite = compose_whole(scene, sprites, rng)
+    return composite.picture, composite.middle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite:
+    """A picture of a scene, and where its subject is."""
+
+    picture: np.ndarray
+    """uint8 (SIZE, SIZE, 3)."""
+    middle: tuple[float, float]
+    """Of the visible subject, in pixels, x and y."""
+    silhouette: np.ndarray
+    """uint8 (SIZE, SIZE): 255 where the subject is, 0 elsewhere."""
+
+
+def compose_whole(scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator) -> Composite:
+    """The same picture with all that is known of it."""
     pictures = sprites[scene.subject]
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
@@ -111,11 +129,22 @@ def compose_at(
         sprite = ImageOps.mirror(sprite)
     sprite = sprite.rotate(rng.uniform(-ROTATION, ROTATION), Image.Resampling.BICUBIC, expand=True)
     room = np.maximum(0, SIZE - np.array(sprite.size))
-    x = (SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
-    y = (SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
-    picture = paste(background(scene.place, rng, SIZE), sprite, round(x), round(y))
+    x = round((SIZE - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2)
+    y = round((SIZE - sprite.size[1]) - rng.uniform(0, 0.6) * room[1])
+    picture = paste(background(scene.place, rng, SIZE), sprite, x, y)
     left, top, right, bottom = visible(sprite)
-    return apply_style(picture, scene.style), (round(x) + (left + right) / 2, round(y) + (top + bottom) / 2)
+    return Composite(
+        picture=apply_style(picture, scene.style),
+        middle=(x + (left + right) / 2, y + (top + bottom) / 2),
+        silhouette=silhouette(sprite, x, y, (SIZE, SIZE)),
+    )
+
+
+def silhouette(sprite: Image.Image, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
+    """Where a sprite at (x, y) covers a picture of this width and height: uint8 (H, W), 255 there and 0 elsewhere."""
+    alpha = Image.new("L", size)
+    alpha.paste(sprite.getchannel("A"), (x, y))
+    return np.where(np.asarray(alpha) > 127, np.uint8(255), np.uint8(0))
 
 
 def visible(*sprites: Image.Image) -> tuple[int, int, int, int]:
