@@ -21,6 +21,7 @@ from tav_opt.base.directory import Base
 from tav_opt.base.image_model import ImageModel
 from tav_opt.command import Interrupted
 from tav_opt.config import BaseConfig, InputError, PersonaliseConfig
+from tav_opt.ddim import Schedule
 from tav_opt.files import read_object, write_json
 from tav_opt.personalise import dreambooth, pictures
 from tav_opt.tuning_step import seeded_draw
@@ -221,6 +222,42 @@ def test_pictures_of_a_class_are_taken_only_where_they_were_drawn_so(learned, sd
     (other / pictures.DRAWN).unlink()
     with pytest.raises(InputError, match=r"of which no drawn\.json tells"):
         run(sd, images, other.parent)
+
+
+def test_of_several_class_prompts_each_is_drawn_and_learned_in_its_turn(sd, images, tmp_path, monkeypatch):
+    several = ("a panda", "a dog", "a cat")
+    told: list[Tensor] = []
+    right = dreambooth.denoising_loss
+
+    def seen(predict, chosen, text, *rest):
+        told.append(text)
+        return right(predict, chosen, text, *rest)
+
+    monkeypatch.setattr(dreambooth, "denoising_loss", seen)
+    config = replace(QUICK, class_images=4, batch=2, steps=2)
+    out = run(sd, images, tmp_path / "out", config, class_prompt=several)
+    drawn = [np.asarray(Image.open(out / "class_images" / f"{number:05}.png")) for number in range(4)]
+    for number, prompt in ((1, "a dog"), (3, "a panda")):
+        image = ImageModel.load(Base.at(sd))
+        schedule = Schedule.from_config(Base.at(sd).configs["scheduler"])
+        side = drawn[0].shape[0] // Base.at(sd).vae_factor
+        (alone,) = pictures.draw(image, schedule, [prompt], side, config, numbers=[number])
+        assert abs(alone.astype(int) - drawn[number]).max() <= 1
+    image = ImageModel.load(Base.at(sd))
+    with torch.no_grad():
+        text = pictures.embed(image, (PROMPT, *several)).float()
+    rows = [
+        [0, 0],
+        [1, 2],
+        [0, 0],
+        [3, 1],
+    ]  # of the subject and of the class, whose fourth picture is the first prompt's
+    assert all(torch.equal(found, text[row]) for found, row in zip(told, rows, strict=True))
+    assert read_object(out / "class_images" / pictures.DRAWN)["class_prompt"] == list(several)
+    with pytest.raises(InputError, match="class images 2 are fewer than the 3 class prompts"):
+        run(sd, images, tmp_path / "b", replace(config, class_images=2), class_prompt=several)
+    with pytest.raises(InputError, match="class prompt 'a dog' is given twice"):
+        run(sd, images, tmp_path / "b", config, class_prompt=("a dog", "a dog"))
 
 
 def test_a_state_s_settings_are_compared_before_anything_is_drawn(sd, images, tmp_path, monkeypatch):

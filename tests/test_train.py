@@ -32,7 +32,7 @@ from tav_opt.files import read_json
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every stage did a step or more on generated shapes."""
     folder = tmp_path_factory.mktemp("train")
-    for stage in ("vae", "text2image", "dual-encoder", "locator"):
+    for stage in ("vae", "text2image", "dual-encoder", "locator", "control"):
         train(stage=stage, minutes=0.01, folder=folder, smoke=True, threads=1)
     return folder / "smoke"
 
@@ -79,7 +79,7 @@ def test_the_dual_encoder_is_a_clip_directory(trained: Path) -> None:
 def test_the_record_says_how_it_was_trained(trained: Path) -> None:
     record = read_json(trained / "training.json")
     assert record["data"]["stills"].endswith("@1.1.0")
-    for stage in ("vae", "text2image", "dual-encoder", "locator"):
+    for stage in ("vae", "text2image", "dual-encoder", "locator", "control"):
         assert record[stage]["steps"] >= 1 and record[stage]["hours"] >= 0, stage
     assert record["vae"]["psnr_db"] > 0
 
@@ -223,16 +223,16 @@ def test_published_weights_are_a_start_and_lie_with_clips_licence_and_record(
 
     monkeypatch.setattr(subjects, "animation", animation)
     publish(trained, tmp_path / "package")
-    for part in ("model", "clip_model", "locator", "clips"):
+    for part in ("model", "clip_model", "locator", "control", "clips"):
         assert "Microsoft" in (tmp_path / "package" / part / "LICENSE.fluent-emoji.txt").read_text()
     assert read_json(tmp_path / "package" / "model" / "training.json")["vae"]["steps"] >= 1
     for entry in read_json(tmp_path / "package" / "clips" / "clips.json"):
         with av.open(str(tmp_path / "package" / "clips" / entry["file"])) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == entry["frames"] and frames[0].shape == (64, 64, 3)
-    for stage in ("vae", "text2image", "dual-encoder", "locator"):
+    for stage in ("vae", "text2image", "dual-encoder", "locator", "control"):
         train(stage=stage, minutes=0, folder=tmp_path, start_from=tmp_path / "package", smoke=True, threads=1)
-    for name in ("model/vae", "model/unet", "model/text_encoder", "clip_model", "locator"):
+    for name in ("model/vae", "model/unet", "model/text_encoder", "clip_model", "locator", "control"):
         begun, published = (next((folder / name).glob("*.safetensors")) for folder in (tmp_path / "smoke", trained))
         first, second = load_file(begun), load_file(published)
         assert all(torch.equal(first[key], second[key]) for key in second), name

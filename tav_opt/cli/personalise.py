@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from tav_opt import progress
 from tav_opt.base.options import BaseOptions
@@ -24,8 +24,9 @@ class Personalise:
     """Folder of the pictures; each is cropped to the model's square."""
     prompt: str
     """What the pictures show, with a word of its own: "a photo of sks creature"."""
-    class_prompt: str | None = None
-    """The same without that word: the model draws such pictures first, and learns to go on drawing them."""
+    class_prompt: UseAppendAction[tuple[str, ...]] = ()
+    """The same without that word: the model draws such pictures first, and learns to go on drawing them. Given again,
+    as in another place, they are drawn in turn."""
     out: Path = Path("personal")
     """Folder for the diffusers directory, or the LoRA: what --model or --lora of tune takes."""
     train: OmitArgPrefixes[PersonaliseConfig] = field(default_factory=PersonaliseConfig)
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     check_numbers(args)
     dreambooth.check(args.train, args.prompt, args.class_prompt)
     dreambooth.check_out(args.out)
-    mention_weights("personalise", (args.prompt, args.class_prompt or "", *args.train.preview_prompts))
+    mention_weights("personalise", (args.prompt, *args.class_prompt, *args.train.preview_prompts))
     device = usable_device(args.device)
     dtype = dtype_on(device, getattr(torch, args.dtype, None))
     with progress.shown(first=f"tav-opt personalise: on {told(device, dtype)}") as on_progress:

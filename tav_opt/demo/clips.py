@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ FINE = 4
 """The camera moves by this part of a pixel."""
 MARGIN = 2
 """Pixels of scenery beyond each edge."""
+SIDE = (world.SIZE + 2 * MARGIN) * FINE
+"""Of the scenery, in the camera's steps."""
 SWAY, SWAYS = np.array((1.5, 1.0)), np.array((2, 3))
 """How far and how often the hand-held camera sways, sideways and up: pixels, times a clip."""
 
@@ -61,10 +64,28 @@ def animate(
     The middle is in pixels. The sprites are frames of one animation, all of one size, which is seen so many `times`,
     FRAMES each.
     """
-    side = (world.SIZE + 2 * MARGIN) * FINE
-    scenery = background(crossing.place, np.random.default_rng(seed), side)
-    box = world.visible(*sprites)
+    scenery = background(crossing.place, np.random.default_rng(seed), SIDE)
     frames, track = [], []
+    for sprite, (x, y), camera in _walk(crossing, sprites, seed, times):
+        frames.append(np.asarray(_seen(world.paste(scenery, sprite, x, y), camera)))
+        track.append((np.array((x + sprite.width / 2, y + sprite.height / 2)) - camera) / FINE)
+    return np.stack(frames), np.array(track)
+
+
+def silhouettes(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> np.ndarray:
+    """Of the same clip where its subject is: uint8 (f, H, W, 3), 255 there and 0 elsewhere."""
+    drawn = [
+        _seen(Image.fromarray(world.silhouette(sprite, x, y, (SIDE, SIDE))), camera)
+        for sprite, (x, y), camera in _walk(crossing, sprites, seed, 1)
+    ]
+    return np.where(np.stack(drawn)[..., None].repeat(3, -1) > 127, np.uint8(255), np.uint8(0))
+
+
+def _walk(
+    crossing: Crossing, sprites: list[Image.Image], seed: int, times: int
+) -> Iterator[tuple[Image.Image, tuple[int, int], np.ndarray]]:
+    """In each frame the subject, its left and top in the scenery, and the camera's."""
+    box = world.visible(*sprites)
     for index, camera in enumerate(_camera(seed, times)):
         part = index / (times * FRAMES - 1)
         sprite = sprites[index % FRAMES * len(sprites) // FRAMES].crop(box)
@@ -72,11 +93,13 @@ def animate(
         sprite = world.fit(sprite, longest)
         middle = MARGIN + (crossing.path[0] + (crossing.path[1] - crossing.path[0]) * part) * world.SIZE
         foot = MARGIN + (0.92 - 0.1 * abs(np.sin(np.pi * crossing.hops * part))) * world.SIZE
-        x, y = round(middle * FINE - sprite.width / 2), round(foot * FINE - sprite.height)
-        seen = world.paste(scenery, sprite, x, y).crop((*camera, *(camera + world.SIZE * FINE)))
-        frames.append(np.asarray(seen.resize((world.SIZE, world.SIZE), Image.Resampling.BOX)))
-        track.append((np.array((x + sprite.width / 2, y + sprite.height / 2)) - camera) / FINE)
-    return np.stack(frames), np.array(track)
+        yield sprite, (round(middle * FINE - sprite.width / 2), round(foot * FINE - sprite.height)), camera
+
+
+def _seen(scenery: Image.Image, camera: np.ndarray) -> Image.Image:
+    left, top = (int(at) for at in camera)
+    seen = scenery.crop((left, top, left + world.SIZE * FINE, top + world.SIZE * FINE))
+    return seen.resize((world.SIZE, world.SIZE), Image.Resampling.BOX)
 
 
 def _camera(seed: int, times: int) -> np.ndarray:

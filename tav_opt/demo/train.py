@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from tav_opt import command
 from tav_opt.config import InputError
 from tav_opt.demo import subjects
+from tav_opt.demo.control import POOL as CONTROL_POOL
+from tav_opt.demo.control import ControlStage
 from tav_opt.demo.dual_encoder import DualEncoderStage
 from tav_opt.demo.locator import LocatorStage
 from tav_opt.demo.sizes import SHIPPED, SIZES, Size
@@ -46,15 +48,16 @@ WEIGHTS = {
     "text_encoder": "model/text_encoder",
     "clip": "clip_model",
     "locator": "locator",
+    "control": "control",
 }
 """Where each trained module lies in the package."""
-PARTS = ("model", "clip_model", "locator")
+PARTS = ("model", "clip_model", "locator", "control")
 """What is published beside the clips, as far as it is trained."""
 
 
 def train(
     *,
-    stage: Literal["vae", "text2image", "dual-encoder", "locator", "publish"],
+    stage: Literal["vae", "text2image", "dual-encoder", "locator", "control", "publish"],
     minutes: float = 60,
     cool_down: bool = False,
     folder: Path = subjects.CACHE / "train",
@@ -67,7 +70,8 @@ def train(
     """Trains a stage of the demo's models so many minutes more, going on where it was left.
 
     Args:
-        stage: Which part; text2image needs the vae first. publish: copy the trained parts into the package.
+        stage: Which part; text2image needs the vae first; control learns on the model of the
+            folder, or else on the package's. publish: copy the trained parts into the package.
         minutes: How long to train.
         cool_down: Let the learning rate fall to zero by then: for weights to publish.
         folder: Where the state lies, with a sheet of samples per stage.
@@ -214,12 +218,27 @@ def train_locator(job: Job) -> None:
     _record(folder, stage.name, progress, pixels_off_on_held_out_composites=error)
 
 
+def train_control(job: Job) -> None:
+    """Trains what places the subject and writes it to `control/`, a T2IAdapter directory in fp16."""
+    folder = job.folder
+    model = next(place for place in (folder / "model", PACKAGE / "model") if place.is_dir())
+    stage = ControlStage(job.sprites, model, pool=min(job.pool, CONTROL_POOL))
+    if job.start_from is None and not (folder / f"{stage.name}.pt").is_file():
+        stage.begin()
+    run = job.run(stage)
+    progress = run.train(minutes=job.minutes, cool_down=job.cool_down)
+    run.swap()
+    _replace(folder / "control", stage.adapter.half().save_pretrained)
+    _record(folder, stage.name, progress, unet=sha256(next((model / "unet").glob("*.safetensors"))))
+
+
 OF_PICTURES = ("vae", "text2image")
 STAGES: dict[str, Callable[[Job], None]] = {
     "vae": train_vae,
     "text2image": train_text2image,
     "dual-encoder": train_dual_encoder,
     "locator": train_locator,
+    "control": train_control,
 }
 
 

@@ -105,6 +105,26 @@ def compose_at(
     scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator, size: int = SIZE
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The same picture, and the middle of the visible subject in pixels, x and y."""
+    composite = compose_whole(scene, sprites, rng, size)
+    return composite.picture, composite.middle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite:
+    """A picture of a scene, and where its subject is."""
+
+    picture: np.ndarray
+    """uint8 (size, size, 3)."""
+    middle: tuple[float, float]
+    """Of the visible subject, in pixels, x and y."""
+    silhouette: np.ndarray
+    """uint8 (size, size): 255 where the subject is, 0 elsewhere."""
+
+
+def compose_whole(
+    scene: Scene, sprites: Mapping[str, Sequence[Image.Image]], rng: np.random.Generator, size: int = SIZE
+) -> Composite:
+    """The same picture with all that is known of it."""
     pictures = sprites[scene.subject]
     # The still is the subject as the caption means it; poses of an animation follow it.
     pose = int(rng.integers(len(pictures))) if rng.random() < 0.7 else 0
@@ -113,11 +133,22 @@ def compose_at(
         sprite = ImageOps.mirror(sprite)
     sprite = sprite.rotate(rng.uniform(-ROTATION, ROTATION), Image.Resampling.BICUBIC, expand=True)
     room = np.maximum(0, size - np.array(sprite.size))
-    x = (size - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2
-    y = (size - sprite.size[1]) - rng.uniform(0, 0.6) * room[1]
-    picture = paste(background(scene.place, rng, size), sprite, round(x), round(y))
+    x = round((size - sprite.size[0]) / 2 + rng.uniform(-0.5, 0.5) * room[0] * 1.2)
+    y = round((size - sprite.size[1]) - rng.uniform(0, 0.6) * room[1])
+    picture = paste(background(scene.place, rng, size), sprite, x, y)
     left, top, right, bottom = visible(sprite)
-    return apply_style(picture, scene.style), (round(x) + (left + right) / 2, round(y) + (top + bottom) / 2)
+    return Composite(
+        picture=apply_style(picture, scene.style),
+        middle=(x + (left + right) / 2, y + (top + bottom) / 2),
+        silhouette=silhouette(sprite, x, y, (size, size)),
+    )
+
+
+def silhouette(sprite: Image.Image, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
+    """Where a sprite at (x, y) covers a picture of this width and height: uint8 (H, W), 255 there and 0 elsewhere."""
+    alpha = Image.new("L", size)
+    alpha.paste(sprite.getchannel("A"), (x, y))
+    return np.where(np.asarray(alpha) > 127, np.uint8(255), np.uint8(0))
 
 
 def visible(*sprites: Image.Image) -> tuple[int, int, int, int]:

@@ -99,10 +99,11 @@ def _unet(kinds: Sequence[str], sd: StableDiffusion, values: dict[str, Tensor], 
 
 
 def _blocks(config: Any, latents: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What is added at the end of each block of the encoder."""
+    """What is added at the end of each block of the encoder; behind its strided convolution, if it has no attention."""
     _, f, h, w = latents
-    for number, width in enumerate(config.block_out_channels):
-        yield f"{INSIDE}.{number}", (f, width, _halved(h, number), _halved(w, number))
+    for number, (width, kind) in enumerate(zip(config.block_out_channels, config.down_block_types, strict=True)):
+        level = number if "CrossAttn" in kind else min(number + 1, len(config.block_out_channels) - 1)
+        yield f"{INSIDE}.{number}", (f, width, _halved(h, level), _halved(w, level))
 
 
 def _encoder(config: Any, latents: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tav_opt import ddim, models, plots, tuning_loop, tuning_state, video
 from tav_opt.base.directory import Base
 from tav_opt.base.image_model import ImageModel
-from tav_opt.config import BaseConfig, InputError, PathLike, PersonaliseConfig, check_text
+from tav_opt.config import BaseConfig, InputError, PathLike, PersonaliseConfig, check_text, texts
 from tav_opt.ddim import Schedule
 from tav_opt.device import dtype_on, usable_device
 from tav_opt.files import check_place, read_object, write_json
@@ -24,18 +24,23 @@ from tav_opt.video import contact_sheet
 
 TARGETS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}
 """The layers that a LoRA is of: those of attention, as diffusers' own scripts have them."""
+ClassPrompt = str | Sequence[str] | None
+"""One, or several that are drawn in turn; None: there is no class."""
 OnStep = Callable[[str, int, int, float | None], object]
 """Called with the stage, the steps done, the steps of the stage, and the last loss."""
 
 
-def check(config: PersonaliseConfig, prompt: str, class_prompt: str | None) -> None:
+def check(config: PersonaliseConfig, prompt: str, class_prompt: ClassPrompt) -> None:
     """Raises InputError for settings that no run can follow, naming the value."""
     tuning_loop.check(config, prompt, "the pictures show, with a word of its own: a photo of sks creature")
-    if class_prompt is not None:
-        check_text("class prompt", class_prompt)
-        if not class_prompt.strip() or class_prompt.strip() == prompt.strip():
-            raise InputError(f"class prompt {class_prompt!r} should be the prompt without the word of its own")
-    _check_used(config, class_prompt)
+    prompts = _several(class_prompt)
+    for one in prompts:
+        check_text("class prompt", one)
+        if not one.strip() or one.strip() == prompt.strip():
+            raise InputError(f"class prompt {one!r} should be the prompt without the word of its own")
+        if prompts.count(one) > 1:
+            raise InputError(f"class prompt {one!r} is given twice")
+    _check_used(config, prompts)
     if config.lora_rank:
         try:
             import peft  # noqa: F401
@@ -43,10 +48,18 @@ def check(config: PersonaliseConfig, prompt: str, class_prompt: str | None) -> N
             raise InputError(f"lora rank {config.lora_rank} needs peft: pip install 'tav-opt[lora]'") from None
 
 
-def _check_used(config: PersonaliseConfig, class_prompt: str | None) -> None:
+def _several(class_prompt: ClassPrompt) -> tuple[str, ...]:
+    return () if class_prompt is None else texts("class prompt", class_prompt)
+
+
+def _check_used(config: PersonaliseConfig, class_prompts: Sequence[str]) -> None:
     """Raises InputError for a setting of pictures that are not drawn."""
-    unused = [] if class_prompt is not None else ["class_images", "prior_weight"]
-    if class_prompt is None and not config.preview_every:
+    if class_prompts and config.class_images < len(class_prompts):
+        raise InputError(
+            f"class images {config.class_images} are fewer than the {len(class_prompts)} class prompts: each is drawn"
+        )
+    unused = [] if class_prompts else ["class_images", "prior_weight"]
+    if not class_prompts and not config.preview_every:
         unused += ["draw_steps", "draw_guidance"]
     for name in unused:
         if (value := getattr(config, name)) != getattr(PersonaliseConfig, name):
@@ -71,7 +84,7 @@ def personalise(
     config: PersonaliseConfig,
     out: PathLike,
     *,
-    class_prompt: str | None = None,
+    class_prompt: ClassPrompt = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
@@ -79,9 +92,10 @@ def personalise(
     """Teaches a Stable Diffusion the subject of a folder of pictures, and writes it to `out`: the model, or a LoRA.
 
     `prompt` is what the pictures show, with a word of its own; with `class_prompt`, the same without that word, the
-    model also learns from pictures that it drew of the class before (prior preservation, the paper's equation 2). What
-    is written is a diffusers directory, or the folder of a LoRA, as `tune` takes them. Stopping, going on and previews
-    are as in tuning. Raises InputError for bad settings, models or pictures, and for a folder with other contents.
+    model also learns from pictures that it drew of the class before (prior preservation, the paper's equation 2): of
+    several such prompts each is drawn in its turn, so that more than one place is preserved. What is written is a
+    diffusers directory, or the folder of a LoRA, as `tune` takes them. Stopping, going on and previews are as in
+    tuning. Raises InputError for bad settings, models or pictures, and for a folder with other contents.
     """
     out, images = Path(out), Path(images).expanduser()
     check(config, prompt, class_prompt)
@@ -89,7 +103,7 @@ def personalise(
     with tuning_loop.running(out):
         base, place = Base.at(model), usable_device(device)
         learned, dtype = pictures.read(images, base.native_size), dtype_on(place, dtype)
-        settings = _settings(base, learned, prompt, class_prompt, config, place, dtype)
+        settings = _settings(base, learned, prompt, _several(class_prompt), config, place, dtype)
         tuning_loop.check_state(out, settings, config)
         image = _loaded(base, place, dtype)
         with torch.random.fork_rng(devices=[]):
@@ -127,7 +141,7 @@ class _Run:
     settings: dict[str, Any]
     training: Training
     prompts: tuple[str, ...]
-    """The prompt; then the class's, if there is one."""
+    """The prompt; then those of the class."""
     latents: tuple[Tensor, ...]
     """(n, c, h, w) of the subject's pictures, then of the class's."""
     text: Tensor | None
@@ -148,12 +162,12 @@ class _Run:
         schedule = Schedule.from_config(base.configs["scheduler"])
         schedule.timesteps(config.draw_steps)  # too many are refused now
         latents = [pictures.encode(image, learned)]
-        class_prompt = settings["class_prompt"]
-        prompts = (settings["prompt"], *(() if class_prompt is None else (class_prompt,)))
+        class_prompts = _several(settings["class_prompt"])
+        prompts = (settings["prompt"], *class_prompts)
         pictures.embed(image, (*prompts, *config.preview_prompts))  # one that is too long is refused now
-        if class_prompt is not None:
+        if class_prompts:
             report: Any = lambda done, count: on_step("class pictures", done, count, None)  # noqa: E731
-            drawn = pictures.of_class(image, base, schedule, class_prompt, config, out / "class_images", report)
+            drawn = pictures.of_class(image, base, schedule, class_prompts, config, out / "class_images", report)
             latents.append(pictures.encode(image, drawn))
             settings = settings | {"class_pictures": hashlib.sha256(drawn.tobytes()).hexdigest()}
         with torch.no_grad():
@@ -191,10 +205,11 @@ class _Run:
         total = torch.zeros((), device=text.device)
         for kind, (weight, latents) in enumerate(zip((1.0, config.prior_weight), self.latents, strict=False)):
             at = (step * config.accumulation + micro) * config.batch
-            chosen = latents[[(at + offset) % len(latents) for offset in range(config.batch)]]
+            numbers = [(at + offset) % len(latents) for offset in range(config.batch)]
+            chosen = latents[numbers]
             noise, timesteps = seeded_draw(config.seed + kind, chosen, self.schedule)(step, micro)
-            of_all = text[kind : kind + 1].expand(config.batch, -1, -1)
-            total = total + weight * denoising_loss(self._predict, chosen, of_all, self.schedule, noise, timesteps)
+            of_each = text[[1 + number % (len(text) - 1) for number in numbers] if kind else [0] * config.batch]
+            total = total + weight * denoising_loss(self._predict, chosen, of_each, self.schedule, noise, timesteps)
         return total
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -271,7 +286,7 @@ def _settings(
     base: Base,
     learned: Any,
     prompt: str,
-    class_prompt: str | None,
+    class_prompts: Sequence[str],
     config: PersonaliseConfig,
     place: torch.device,
     dtype: torch.dtype,
@@ -281,7 +296,7 @@ def _settings(
         "base": base.hash,
         "images": hashlib.sha256(learned.tobytes()).hexdigest(),
         "prompt": prompt,
-        "class_prompt": class_prompt,
+        "class_prompt": pictures.one_or_all(class_prompts),
         **{name: value for name, value in asdict(config).items() if name not in tuning_loop.PASSING},
         "gradient_checkpointing": bool(config.gradient_checkpointing),
         "device": place.type,

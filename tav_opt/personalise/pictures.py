@@ -95,14 +95,15 @@ def of_class(
     image: ImageModel,
     base: Base,
     schedule: Schedule,
-    prompt: str,
+    prompts: Sequence[str],
     config: PersonaliseConfig,
     folder: Path,
     on_picture: Callable[[int, int], object],
 ) -> np.ndarray:
-    """What the model draws of the class before it learns: uint8 (n, H, W, 3), kept as `folder`/*.png.
+    """What the model draws of the class before it learns: uint8 (n, H, W, 3), each prompt in its turn.
 
-    Those of a run before are taken as they are. Raises InputError for a folder whose pictures were drawn otherwise.
+    They are kept as `folder`/*.png; those of a run before are taken as they are. Raises InputError for a folder whose
+    pictures were drawn otherwise.
     """
     size = base.native_size
     files = [folder / f"{number:05}.png" for number in range(config.class_images)]
@@ -110,7 +111,7 @@ def of_class(
         folder,
         {
             "base": base.hash,
-            "class_prompt": prompt,
+            "class_prompt": one_or_all(prompts),
             "seed": config.seed,
             "draw_steps": config.draw_steps,
             "draw_guidance": config.draw_guidance,
@@ -120,12 +121,18 @@ def of_class(
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     for start in range(0, len(missing), AT_ONCE):
         numbers = missing[start : start + AT_ONCE]
-        drawn = draw(image, schedule, [prompt] * len(numbers), size // base.vae_factor, config, numbers=numbers)
+        given = [prompts[number % len(prompts)] for number in numbers]
+        drawn = draw(image, schedule, given, size // base.vae_factor, config, numbers=numbers)
         for number, picture in zip(numbers, drawn, strict=True):
             with whole(files[number]) as temporary:
                 Image.fromarray(picture).save(temporary)
         on_picture(len(files) - len(missing) + start + len(numbers), len(files))
     return np.stack([_read_drawn(file, size) for file in files])
+
+
+def one_or_all(prompts: Sequence[str]) -> str | list[str] | None:
+    """Prompts of a class as they are noted."""
+    return list(prompts) if len(prompts) > 1 else prompts[0] if prompts else None
 
 
 def _read_drawn(file: Path, size: int) -> np.ndarray:
