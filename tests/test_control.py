@@ -45,10 +45,9 @@ def test_a_frame_that_follows_it_is_diffusers_pipeline(sd: StableDiffusion) -> N
         base="demo", base_hash="0" * 64, prompt="", frames=1, height=SIDE, width=SIDE, fps=8.0, inversion_steps=4
     )
     start = torch.randn(1, 6, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-    engine = TorchEngine(
-        sd=sd, info=info, source_latents=start, networks=load_networks(sd, {}, {"place": DEMO / "control"})
-    )
-    drawn = maps.along(maps.PATHS["hop"], 1, SIDE)
+    networks = load_networks(sd, {}, {"place": DEMO / "control"})
+    engine = TorchEngine(sd=sd, info=info, source_latents=start, inverted_latents=start, networks=networks)
+    drawn = maps.along(maps.WAYS["hop"], 1, SIDE)
     config = EditConfig(
         prompts=("a tiger on the beach",), steps=STEPS, guidance_scale=3.0, controls=(Control(name="place", scale=0.8),)
     )
@@ -103,9 +102,9 @@ def test_an_adapter_is_refused_where_its_features_do_not_fit(tmp_path: Path) -> 
     assert len(t2i_adapter.load(tmp_path / "full_adapter_xl", like_xl, 4).names) == 3
 
 
-@pytest.mark.parametrize("name", maps.PATHS)
+@pytest.mark.parametrize("name", maps.WAYS)
 def test_an_ellipse_is_drawn_where_the_way_is(name: str) -> None:
-    path, side = maps.PATHS[name], 96
+    path, side = maps.WAYS[name], 96
     drawn = maps.along(path, 9, side)
     assert drawn.shape == (9, side, side, 3) and set(np.unique(drawn)) == {0, 255}
     assert abs(maps.middles(drawn) - [[side * at for at in path(part / 8)] for part in range(9)]).max() < 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tav_opt.demo.text2image import new_unet
 from tav_opt.demo.train import publish, train
 from tav_opt.demo.training import Run
 from tav_opt.demo.vae import new_vae, psnr
-from tav_opt.files import read_json
+from tav_opt.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +239,18 @@ def test_published_weights_are_a_start_and_lie_with_clips_licence_and_record(
         assert all(torch.equal(first[key], second[key]) for key in second), name
     with pytest.raises(InputError, match="no weights to start from"):
         train(stage="vae", minutes=0, folder=tmp_path / "c", start_from=tmp_path / "none", smoke=True, threads=1)
+
+
+def test_a_part_trained_later_is_published_beside_the_model_that_is_there(trained: Path, tmp_path: Path) -> None:
+    folder, package = tmp_path / "later", tmp_path / "package"
+    shutil.copytree(trained / "control", folder / "control")
+    shutil.copy(trained / "training.json", folder / "training.json")
+    with pytest.raises(InputError, match="train --stage text2image first"):
+        publish(folder, package)
+    write_json(package / "model" / "training.json", {"seed": 1, "vae": {"steps": 7}, "control": {"steps": 0}})
+    write_json(folder / "training.json", {"seed": 2, "control": {"steps": 5}})
+    publish(folder, package)
+    record = read_json(package / "model" / "training.json")
+    assert record == {"seed": 1, "vae": {"steps": 7}, "control": {"steps": 5}}
+    assert {file.name for file in package.iterdir()} == {"model", "control"}
+    assert "Microsoft" in (package / "control" / "LICENSE.fluent-emoji.txt").read_text()

@@ -75,7 +75,7 @@ def animate(
 def silhouettes(crossing: Crossing, sprites: list[Image.Image], *, seed: int = 0) -> np.ndarray:
     """Of the same clip where its subject is: uint8 (f, H, W, 3), 255 there and 0 elsewhere."""
     drawn = [
-        _seen(Image.fromarray(world.silhouette(sprite, x, y, (SIDE, SIDE))), camera)
+        np.asarray(_seen(Image.fromarray(world.silhouette(sprite, x, y, (SIDE, SIDE))), camera))
         for sprite, (x, y), camera in _walk(crossing, sprites, seed, 1)
     ]
     return np.where(np.stack(drawn)[..., None].repeat(3, -1) > 127, np.uint8(255), np.uint8(0))

@@ -60,8 +60,9 @@ class ControlStage:
 
     def _fill(self) -> None:
         parts = [self._encoded(np.random.default_rng((self.seed, part)), 50) for part in range(self.pool // 50)]
-        self.latents, self.maps = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        self.scenes = [scene for part in parts for scene in part[2]]
+        latents, maps, scenes = zip(*parts, strict=True)
+        self.latents, self.maps = torch.cat(latents), torch.cat(maps)
+        self.scenes = [scene for part in scenes for scene in part]
         self.inverted = torch.cat([self._inverted(first) for first in range(0, self.pool // INVERTED, 50)])
 
     def begin(self) -> None:

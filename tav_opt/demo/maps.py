@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-Path = Callable[[float], tuple[float, float]]
+Way = Callable[[float], tuple[float, float]]
 """Part of the clip, 0…1 → the ellipse's middle, x and y as parts of the side."""
 SIZE = 0.56, 0.5
 """Width and height of the ellipse as parts of the side, as large as the clips' subjects are."""
-PATHS: dict[str, Path] = {
+WAYS: dict[str, Way] = {
     "back": lambda part: (0.33 + 0.34 * part, 0.64),
     "there and back": lambda part: (0.36 + 0.28 * math.sin(math.pi * part), 0.64),
     "hop": lambda part: (0.5, 0.66 - 0.16 * abs(math.sin(2 * math.pi * part))),
@@ -23,9 +23,9 @@ PATHS: dict[str, Path] = {
 """Where no clip of the package goes: they all cross from right to left."""
 
 
-def along(path: Path, frames: int, side: int) -> np.ndarray:
+def along(way: Way, frames: int, side: int) -> np.ndarray:
     """Maps uint8 (f, side, side, 3) of an ellipse on its way."""
-    drawn = [ellipse_at(path(number / max(1, frames - 1)), SIZE, side) for number in range(frames)]
+    drawn = [ellipse_at(way(number / max(1, frames - 1)), SIZE, side) for number in range(frames)]
     return np.stack(drawn)[..., None].repeat(3, -1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from tav_opt.base.directory import Base
 from tav_opt.client import Client
 from tav_opt.config import (
     ClipConfig,
+    Control,
     Count,
     DdimSteps,
     EditConfig,
@@ -30,6 +31,7 @@ from tav_opt.config import (
     check_numbers,
 )
 from tav_opt.contract import ClipInfo, edit_metadata
+from tav_opt.demo import maps
 from tav_opt.demo.random_model import write_random_model
 from tav_opt.engines.onnxruntime import load_onnxruntime
 from tav_opt.engines.registry import open_clip
@@ -50,8 +52,12 @@ guidance of 3 and 0.87 at 2, and 94 and 92 % of the frames were right; after 200
 by 0.91 at 2.5, and 95 %. With earlier weights, at a guidance of 3, the leopard's tracks were 0.85 at 3e-4 and 0.88 at
 1e-3; the rabbit's at 3e-3 were worse again."""
 
-Editor = Callable[[EditConfig, progress.OnProgress], tuple[np.ndarray, EngineName]]
-"""Edits the exported clip, telling of its steps → uint8 (prompts, f, H, W, 3), and the engine that did."""
+CONTROL, WAY = "place", "there and back"
+"""The adapter's name, and where `--control` sends the subject."""
+Maps = Mapping[str, np.ndarray]
+Editor = Callable[[EditConfig, Maps, progress.OnProgress], tuple[np.ndarray, EngineName]]
+"""Edits the exported clip along maps, if any, telling of its steps → uint8 (prompts, f, H, W, 3), and the engine that
+did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,8 @@ class DemoConfig:
     ddim_steps: DdimSteps = 50
     guidance: GuidanceScale | None = None
     """Default: 7.5 for a model of yours, 2.5 for the package's."""
+    control: bool = False
+    """Edit once more along a drawn way that the clip does not go, by the adapter that ships with the small model."""
     in_process: bool = False
     """Run the exported model in this process instead of the server."""
 
@@ -86,6 +94,10 @@ class DemoConfig:
         return EditConfig(
             prompts=prompts, steps=self.ddim_steps, inversion_steps=self.ddim_steps, guidance_scale=guidance
         )
+
+    def controlled(self, prompt: str) -> EditConfig:
+        """The same along a drawn way, from noise: inverted latents hold where the source's subject is."""
+        return replace(self.edit_config(prompt), inversion=False, controls=(Control(name=CONTROL),))
 
     @property
     def train(self) -> TrainConfig:
@@ -107,6 +119,8 @@ def run(config: DemoConfig) -> None:
     check_numbers(config)
     tuning.check(config.train, subject.prompt)
     editing.check(config.edit_config(*subject.edits))
+    if config.control and config.model is not None:
+        raise InputError(f"--control is for the package's own model, not {config.model}: its adapter is of that one")
     check_place(config.out / ".demo")
     load_onnxruntime()  # what export and server lack is said before minutes of tuning
     if not config.in_process:
@@ -124,18 +138,40 @@ def run(config: DemoConfig) -> None:
     with _timed("tune", seconds) as on_progress:
         tuning.tune(model, clip, subject.prompt, config.train, config.out / "ckpt", on_step=on_progress)
     with _timed("export", seconds) as on_progress:
-        export(config.out / "ckpt", config.out / "model_repository", name=CLIP_NAME, on_progress=on_progress)
+        adapters = {CONTROL: DEMO / "control"} if config.control else {}
+        repository = config.out / "model_repository"
+        export(config.out / "ckpt", repository, name=CLIP_NAME, adapters=adapters, on_progress=on_progress)
+    info = ClipInfo.from_json(read_json(config.out / "ckpt" / DESCRIPTION))
     edits = []
     with _editor(config, seconds) as edit:
         for number, prompt in enumerate(subject.edits, start=1):
             with _timed(f"edit {number}", seconds) as on_progress:
-                frames, engine = edit(config.edit_config(prompt), on_progress)
+                frames, engine = edit(config.edit_config(prompt), {}, on_progress)
                 edits.append(frames[0])
-    info = ClipInfo.from_json(read_json(config.out / "ckpt" / DESCRIPTION))
+        if config.control:
+            _controlled(config, subject, clip, info, edit, seconds)
     metadata = edit_metadata(info, CLIP_NAME, config.edit_config(*subject.edits), subject.edits, engine=engine)
     _show(config.out, [clip.frames, *edits], [subject.prompt, *subject.edits], clip.fps, metadata)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"in a browser: {_command()} app --in-process --repository {config.out / 'model_repository'}")
+
+
+def _controlled(
+    config: DemoConfig,
+    subject: _Subject,
+    clip: video.Clip,
+    info: ClipInfo,
+    edit: Editor,
+    seconds: dict[str, float],
+) -> None:
+    """The first edit along a drawn way, beside its maps: `controlled.*`."""
+    prompt, (count, side) = subject.edits[0], clip.frames.shape[:2]
+    way, asked = maps.along(maps.WAYS[WAY], count, side), config.controlled(prompt)
+    with _timed("edit along a drawn way", seconds) as on_progress:
+        frames, engine = edit(asked, {CONTROL: way}, on_progress)
+    metadata = edit_metadata(info, CLIP_NAME, asked, (prompt,), engine=engine)
+    clips, captions = [clip.frames, way, frames[0]], [subject.prompt, WAY, prompt]
+    _show(config.out, clips, captions, clip.fps, metadata, names=("controlled", "controlled"))
 
 
 def _command() -> str:
@@ -176,7 +212,11 @@ def _editor(config: DemoConfig, seconds: dict[str, float]) -> Iterator[Editor]:
     repository = config.out / "model_repository"
     if config.in_process:
         engine = open_clip(repository, CLIP_NAME)
-        yield lambda edit, on_progress: (editing.edit(engine, edit, on_progress=on_progress), engine.kind)
+
+        def here(edit: EditConfig, followed: Maps, on_progress: progress.OnProgress) -> tuple[np.ndarray, EngineName]:
+            return editing.edit(engine, edit, maps=followed, on_progress=on_progress), engine.kind
+
+        yield here
         return
     with ExitStack() as stack:
         with _timed("start of the server", seconds):
@@ -184,20 +224,27 @@ def _editor(config: DemoConfig, seconds: dict[str, float]) -> Iterator[Editor]:
             server = stack.enter_context(Server(free))
         client = stack.enter_context(Client(server.grpc_url))
 
-        def edited(edit: EditConfig, on_progress: progress.OnProgress) -> tuple[np.ndarray, EngineName]:
-            found = client.edit(CLIP_NAME, edit, on_progress=on_progress)
+        def edited(edit: EditConfig, followed: Maps, on_progress: progress.OnProgress) -> tuple[np.ndarray, EngineName]:
+            found = client.edit(CLIP_NAME, edit, maps=followed, on_progress=on_progress)
             return found.frames, found.metadata[0]["engine"]
 
         yield edited
 
 
-def _show(out: Path, clips: list[np.ndarray], captions: list[str], fps: float, metadata: dict[str, Any]) -> None:
+def _show(
+    out: Path,
+    clips: list[np.ndarray],
+    captions: list[str],
+    fps: float,
+    metadata: dict[str, Any],
+    names: tuple[str, str] = ("side-by-side", "contact-sheet"),
+) -> None:
     """Source and edits as MP4 and GIF side by side, and as a contact sheet."""
     together = contact_sheet.side_by_side(clips, captions)
-    video.write(out / "side-by-side.mp4", together, fps, metadata)
-    video.write(out / "side-by-side.gif", together, fps, metadata)
-    video.write_png(out / "contact-sheet.png", contact_sheet.contact_sheet(clips, captions), metadata)
-    for name in ("side-by-side.mp4", "side-by-side.gif", "contact-sheet.png"):
+    for kind in (".mp4", ".gif"):
+        video.write(out / f"{names[0]}{kind}", together, fps, metadata)
+    video.write_png(out / f"{names[1]}.png", contact_sheet.contact_sheet(clips, captions), metadata)
+    for name in (f"{names[0]}.mp4", f"{names[0]}.gif", f"{names[1]}.png"):
         print(out / name)
 
 

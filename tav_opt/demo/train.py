@@ -284,18 +284,26 @@ def _record(folder: Path, stage: str, progress: Progress, **measured: Any) -> No
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copies the parts that are trained with their record and makes the clips; raises InputError without a model."""
+    """Copies the parts that are trained, with a model its clips too, and notes in the model's record how they were.
+
+    Raises InputError without a model, in the folder or there already.
+    """
     from tav_opt.demo.clips import make_clips  # which writes videos; machines that only train may lack what does
 
-    if not (folder / "model").is_dir():
+    if not any((place / "model").is_dir() for place in (folder, target)):
         raise InputError(f"{folder / 'model'} does not exist: train --stage text2image first")
     trained = [part for part in PARTS if (folder / part).is_dir()]
+    record, known = target / "model" / "training.json", read_json(_record_file(folder))
+    if "model" not in trained:  # the record of what is there stays
+        known = read_json(record) | {stage: known[stage] for stage in STAGES if stage in known}
     for part in trained:
         _replace(target / part, partial(shutil.copytree, folder / part))
-    make_clips(target / "clips")
-    for part in (*trained, "clips"):
+    if "model" in trained:
+        make_clips(target / "clips")
+        trained.append("clips")
+    for part in trained:
         shutil.copy(PACKAGE / LICENCE, target / part / LICENCE)
-    write_json(target / "model" / "training.json", read_json(_record_file(folder)))
+    write_json(record, known)
 
 
 def main() -> int:
