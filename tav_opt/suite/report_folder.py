@@ -76,9 +76,10 @@ def _networks(found: Sequence[Row]) -> dict[str, str]:
 def _facts(suite: Suite, found: Sequence[Row], compared: Sequence[Row]) -> list[str]:
     """What has to be known before figures are read."""
     edits = len({(row.video, row.edit) for row in compared})
+    all_there = len({row.method for row in found}) == len(suite.methods)
     said = [
         f"{len(suite.videos)} videos, {suite.edits} edits, {len(suite.methods)} methods; compared on the {edits} edits "
-        "that every method made.",
+        f"that every method made{'' if all_there else ' that made any'}.",
         *(f"{role}: {name}" for role, name in _networks(found).items()),
         "Means over edits; intervals are 95 % bootstrap intervals, whole videos drawn anew.",
     ]
@@ -101,7 +102,8 @@ def _markdown(content: _Content) -> str:
     if others:
         parts.append(results.as_markdown("Later benchmarks' metrics", content.table, others))
     for name, own in _by_category(content.compared).items():
-        parts.append(results.as_markdown(f"Edits of the {name}" if name != "other" else "Other edits", own, paper))
+        title = f"{name.capitalize()} edits" if name in ("mixed", "other") else f"Edits of the {name}"
+        parts.append(results.as_markdown(title, own, paper))
     if content.faults:
         parts.append("### Not done\n\n" + "\n".join(f"- {name}: {fault}" for name, fault in content.faults.items()))
     return "\n\n".join(parts) + "\n"
