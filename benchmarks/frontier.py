@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 from common import header, machine
-from crossings import DEMO, EDITS, Source, exported, scores, sources
+from crossings import DEMO, EDITS, Source, exported, scores, sources, tuned
 
 from tav_opt import command, editing
 from tav_opt.config import PRESETS, EditConfig, SolverName
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.demo.vae import psnr
-from tav_opt.engines.exported import ExportedEngine
+from tav_opt.engines import Engine
 from tav_opt.engines.registry import load
 from tav_opt.export.reusable import REUSABLE
 from tav_opt.files import write_json
@@ -53,6 +53,8 @@ class Frontier:
     clips: tuple[str, ...] = tuple(EDITS)
     edits: int = 6
     """Of each clip, the first ones."""
+    eager: bool = False
+    """In eager PyTorch, not by the best engine of exported clips."""
     folder: Path = Path("demo-out/quality")
     """Of the tuned clips, as in quality.py."""
     out: Path = Path("benchmarks/results/frontier.json")
@@ -63,7 +65,7 @@ def main(config: Frontier) -> int:
     judge, rows = Judge.open(), dict[str, list[dict[str, float]]]()
     for source in sources():
         if source.name in config.clips:
-            engine = _engine(source, config.folder)
+            engine = _engine(source, config)
             for change in (HELD_OUT if config.held_out else EDITS)[source.name][: config.edits]:
                 for name, found in _measured(engine, judge, source, change, config).items():
                     rows.setdefault(name, []).append(found)
@@ -77,11 +79,11 @@ def main(config: Frontier) -> int:
     return 0
 
 
-def _engine(source: Source, folder: Path) -> ExportedEngine:
-    """The best engine there is here, of the clip as the demo tunes and exports it."""
-    engine = load(exported(source, folder, further=REUSABLE))
-    assert isinstance(engine, ExportedEngine)
-    return engine
+def _engine(source: Source, config: Frontier) -> Engine:
+    """Eager PyTorch, or the best engine there is here, of the clip as the demo tunes and exports it."""
+    if config.eager:
+        return load(tuned(source, config.folder / source.name))
+    return load(exported(source, config.folder, further=REUSABLE))
 
 
 def _settings(config: Frontier) -> Iterator[tuple[str, EditConfig]]:
@@ -98,7 +100,7 @@ def _settings(config: Frontier) -> Iterator[tuple[str, EditConfig]]:
 
 
 def _measured(
-    engine: ExportedEngine, judge: Judge, source: Source, change: dict[str, str], config: Frontier
+    engine: Engine, judge: Judge, source: Source, change: dict[str, str], config: Frontier
 ) -> dict[str, dict[str, float]]:
     prompt, found, exact, whole = world.prompt(source.edited(change)), dict[str, dict[str, float]](), None, 0.0
     for name, settings in _settings(config):
