@@ -20,8 +20,9 @@ from tav_opt.demo.dual_encoder import phrase_of
 from tav_opt.demo.judge import Judge
 from tav_opt.demo.places import PLACES
 from tav_opt.demo.sizes import LARGE
-from tav_opt.demo.text2image import POOL, Text2ImageStage
+from tav_opt.demo.text2image import Text2ImageStage
 from tav_opt.demo.train import Job, train_text2image, train_vae
+from tav_opt.demo.training import POOL
 from tav_opt.files import read_json
 
 FOLDER = Path(__file__).parents[2] / "demo-out" / "gpu-training"

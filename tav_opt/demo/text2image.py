@@ -17,12 +17,8 @@ from tav_opt import ddim
 from tav_opt.demo import world
 from tav_opt.demo.sizes import SHIPPED, Size
 from tav_opt.demo.text import TOKENS, WIDTH, new_tokenizer, text_config
-from tav_opt.demo.training import CPU, grid, mixed_precision, to_images, to_unit
+from tav_opt.demo.training import CPU, FRESH, POOL, grid, mixed_precision, to_images, to_unit
 
-POOL = 3000
-"""Encoded pictures kept ready; encoding each batch anew would double a step's time."""
-FRESH = 4
-"""Pictures of the pool replaced at each step."""
 MIN_SNR = 5.0
 """Hang et al. 2023 (arXiv 2303.09556): larger signal-to-noise ratios count as this one."""
 SHEET_PROMPTS = (

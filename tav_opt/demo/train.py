@@ -31,8 +31,8 @@ from tav_opt.demo.control import ControlStage
 from tav_opt.demo.dual_encoder import DualEncoderStage
 from tav_opt.demo.locator import LocatorStage
 from tav_opt.demo.sizes import SHIPPED, SIZES, Size
-from tav_opt.demo.text2image import POOL, Text2ImageStage
-from tav_opt.demo.training import CPU, Progress, Run, Stage, to_unit
+from tav_opt.demo.text2image import Text2ImageStage
+from tav_opt.demo.training import CPU, POOL, Progress, Run, Stage, to_unit
 from tav_opt.demo.vae import VaeStage, psnr
 from tav_opt.device import usable_device
 from tav_opt.files import read_json, sha256, whole, write_json

@@ -23,6 +23,10 @@ SAVE_SECONDS = 60.0
 """A kill loses at most so much."""
 SHEET_SECONDS = 420.0
 CPU = torch.device("cpu")
+POOL = 3000
+"""Pictures kept ready; to compose and encode each batch anew would double a step's time."""
+FRESH = 4
+"""Pictures of the pool replaced at each step."""
 EMA = 0.999
 WARMUP = 100
 SMOOTHING = 0.99

@@ -13,12 +13,8 @@ from torch.nn import functional
 
 from tav_opt.demo import world
 from tav_opt.demo.sizes import SHIPPED, Size
-from tav_opt.demo.training import CPU, grid, mixed_precision, to_images, to_unit
+from tav_opt.demo.training import CPU, FRESH, POOL, grid, mixed_precision, to_images, to_unit
 
-POOL = 3000
-"""Pictures kept ready, where the size has them."""
-FRESH = 4
-"""Of those, composed anew at each step."""
 KL_WEIGHT = 1e-5
 GRADIENT_WEIGHT = 0.5
 
