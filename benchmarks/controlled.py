@@ -21,7 +21,7 @@ from PIL import Image
 
 from tav_opt import command, editing
 from tav_opt.config import Control, EditConfig
-from tav_opt.demo import clips, maps, subjects, world
+from tav_opt.demo import clips, subjects, ways, world
 from tav_opt.demo.emoji import FURTHER, JUDGED
 from tav_opt.demo.judge import Judge, track_correlation
 from tav_opt.engines.pytorch import open_checkpoint
@@ -118,7 +118,7 @@ def main(config: Controlled) -> int:
 def way(name: str) -> np.ndarray:
     """Maps uint8 (f, H, W, 3) of a way; those of another clip's silhouettes need its animation (npm)."""
     if not name.endswith(BACKWARDS):
-        return maps.along(maps.WAYS[name], clips.FRAMES, world.SIZE)
+        return ways.along(ways.WAYS[name], clips.FRAMES, world.SIZE)
     (crossing,) = (one for one in clips.CLIPS if one.name == name.removesuffix(BACKWARDS))
     sprites, _ = subjects.animation((JUDGED | FURTHER)[crossing.subject])
     return clips.silhouettes(crossing, sprites)[::-1].copy()
@@ -128,7 +128,7 @@ def judged(
     judge: Judge, source: Source, change: dict[str, str], frames: np.ndarray, followed: np.ndarray
 ) -> dict[str, Any]:
     """Whether an edit shows what was asked for, and whose way its subject goes."""
-    found, asked = judge.track(frames), maps.middles(followed)
+    found, asked = judge.track(frames), ways.middles(followed)
     return {
         "right frames": right_frames(judge, frames, source, change),
         "track with the maps'": track_correlation(found, asked),

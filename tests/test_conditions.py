@@ -28,7 +28,7 @@ from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import ClipInfo
 from tav_opt.engines.pytorch import TorchEngine, load_networks
 from tav_opt.memory import eager
-from tav_opt.memory.networks import network_bytes
+from tav_opt.memory.control_networks import network_bytes
 from tav_opt.models import StableDiffusion
 
 SIDE, STEPS, SCALE = 64, 10, 7.5

@@ -16,7 +16,7 @@ from tav_opt import cli, editing, models
 from tav_opt.conditions import t2i_adapter
 from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import ClipInfo
-from tav_opt.demo import clips, maps, world
+from tav_opt.demo import clips, ways, world
 from tav_opt.demo.subjects import shapes
 from tav_opt.engines.pytorch import TorchEngine, load_networks
 from tav_opt.export.conditions import _blocks
@@ -47,7 +47,7 @@ def test_a_frame_that_follows_it_is_diffusers_pipeline(sd: StableDiffusion) -> N
     start = torch.randn(1, 6, 1, 16, 16, generator=torch.Generator().manual_seed(3))
     networks = load_networks(sd, {}, {"place": DEMO / "control"})
     engine = TorchEngine(sd=sd, info=info, source_latents=start, inverted_latents=start, networks=networks)
-    drawn = maps.along(maps.WAYS["hop"], 1, SIDE)
+    drawn = ways.along(ways.WAYS["hop"], 1, SIDE)
     config = EditConfig(
         prompts=("a tiger on the beach",), steps=STEPS, guidance_scale=3.0, controls=(Control(name="place", scale=0.8),)
     )
@@ -102,12 +102,12 @@ def test_an_adapter_is_refused_where_its_features_do_not_fit(tmp_path: Path) -> 
     assert len(t2i_adapter.load(tmp_path / "full_adapter_xl", like_xl, 4).names) == 3
 
 
-@pytest.mark.parametrize("name", maps.WAYS)
+@pytest.mark.parametrize("name", ways.WAYS)
 def test_an_ellipse_is_drawn_where_the_way_is(name: str) -> None:
-    path, side = maps.WAYS[name], 96
-    drawn = maps.along(path, 9, side)
+    path, side = ways.WAYS[name], 96
+    drawn = ways.along(path, 9, side)
     assert drawn.shape == (9, side, side, 3) and set(np.unique(drawn)) == {0, 255}
-    assert abs(maps.middles(drawn) - [[side * at for at in path(part / 8)] for part in range(9)]).max() < 1.5
+    assert abs(ways.middles(drawn) - [[side * at for at in path(part / 8)] for part in range(9)]).max() < 1.5
 
 
 def test_silhouettes_of_a_clip_are_where_its_track_is() -> None:
@@ -115,7 +115,7 @@ def test_silhouettes_of_a_clip_are_where_its_track_is() -> None:
     drawn = clips.silhouettes(crossing, SHAPES["red circle"] * 3)
     _, track = clips.animate(crossing, SHAPES["red circle"] * 3)
     assert drawn.shape == (clips.FRAMES, 64, 64, 3) and set(np.unique(drawn)) == {0, 255}
-    assert abs(maps.middles(drawn) - track).max() < 1.5
+    assert abs(ways.middles(drawn) - track).max() < 1.5
 
 
 def test_a_composites_silhouette_is_where_its_subject_is() -> None:
@@ -134,11 +134,11 @@ def test_a_composites_silhouette_is_where_its_subject_is() -> None:
 def test_an_ellipse_fills_the_box_of_a_silhouette() -> None:
     silhouette = np.zeros((64, 64), np.uint8)
     silhouette[10:30, 5:41] = 255
-    drawn = maps.ellipse(silhouette)
+    drawn = ways.ellipse(silhouette)
     rows, columns = np.nonzero(drawn)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 29, 5, 40)
     assert abs(drawn.astype(bool).sum() / (20 * 36) - np.pi / 4) < 0.06
-    assert not maps.ellipse(np.zeros((8, 8), np.uint8)).any()
+    assert not ways.ellipse(np.zeros((8, 8), np.uint8)).any()
 
 
 def test_the_demos_way_is_refused_on_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,8 +94,8 @@ def exported(golden, tmp_path_factory) -> Exported:
 
 
 @pytest.fixture(scope="module")
-def sd(golden) -> Path:
-    return golden / "reference_checkpoint" / "sd"
+def sd(shallow) -> Path:
+    return shallow
 
 
 @kinds

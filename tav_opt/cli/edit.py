@@ -91,10 +91,11 @@ def run(arguments: Sequence[str]) -> None:
     args = replace(args, controls=controls.asked(args.following))
     from tav_opt import editing
     from tav_opt.contract import edit_metadata, same_speed
-    from tav_opt.device import told
+    from tav_opt.device import told, usable_device
     from tav_opt.video import contact_sheet
     from tav_opt.video.restoring import restored
 
+    usable_device(args.device)  # before anything is read
     args = clip.info.edited(args, given, args.preset)
     editing.check(args)
     mention_weights("edit", (*args.prompts, args.negative_prompt))

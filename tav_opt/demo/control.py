@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tav_opt import ddim
 from tav_opt.demo import world
-from tav_opt.demo.maps import SIZE, ellipse, ellipse_at
 from tav_opt.demo.text import TOKENS
 from tav_opt.demo.training import grid, mixed_precision, to_unit
+from tav_opt.demo.ways import SIZE, ellipse, ellipse_at
 
 BATCH = 8
 POOL = 500

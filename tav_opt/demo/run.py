@@ -31,7 +31,7 @@ from tav_opt.config import (
     check_numbers,
 )
 from tav_opt.contract import ClipInfo, edit_metadata
-from tav_opt.demo import maps
+from tav_opt.demo import ways
 from tav_opt.demo.random_model import write_random_model
 from tav_opt.engines.onnxruntime import load_onnxruntime
 from tav_opt.engines.registry import open_clip
@@ -166,7 +166,7 @@ def _controlled(
 ) -> None:
     """The first edit along a drawn way, beside its maps: `controlled.*`."""
     prompt, (count, side) = subject.edits[0], clip.frames.shape[:2]
-    way, asked = maps.along(maps.WAYS[WAY], count, side), config.controlled(prompt)
+    way, asked = ways.along(ways.WAYS[WAY], count, side), config.controlled(prompt)
     with _timed("edit along a drawn way", seconds) as on_progress:
         frames, engine = edit(asked, {CONTROL: way}, on_progress)
     metadata = edit_metadata(info, CLIP_NAME, asked, (prompt,), engine=engine)

@@ -11,8 +11,8 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import nn
 
 from tav_opt.config import InputError, TrainConfig
+from tav_opt.memory.control_networks import network_bytes
 from tav_opt.memory.free import free_bytes
-from tav_opt.memory.networks import network_bytes
 from tav_opt.models import StableDiffusion
 from tav_opt.tuning_step import compute_dtype
 from tav_opt.unet import VideoResnetBlock, VideoUNet, trained_names
