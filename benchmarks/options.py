@@ -63,7 +63,7 @@ class Option:
     @property
     def name(self) -> str:
         """As on the command line."""
-        found = [f"--{name.replace('_', '-')} {_told(value)}" for name, value in self.settings.items()]
+        found = [f"--{name.replace('_', '-')} {_told(value)}".strip() for name, value in self.settings.items()]
         found += [f"--preset {self.preset}"] if self.preset else []
         found += ["--mask square.png"] if self.masked else []
         found += [f"--frames {24 * self.rounds}"] if self.rounds > 1 else []
