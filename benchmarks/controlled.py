@@ -101,6 +101,7 @@ def main(config: Controlled) -> int:
             frames = editing.edit(engine, config.edit(prompt), maps={NAME: followed})[0]
             rows.append(judged(judge, source, change, frames, followed) | {"prompt": prompt, "way": name})
             print(rows[-1], flush=True)
+            _keep(config, rows)
             sheet += [followed, frames]
             captions += [name, prompt]
         page = Image.fromarray(contact_sheet.contact_sheet(sheet, captions))
@@ -111,10 +112,14 @@ def main(config: Controlled) -> int:
     print("\n| figure | measured | goal | met |\n|---|---:|---|---|")
     print("\n".join(map(str, figures)))
     print(header("\nedits that follow maps"))
+    return int(not all(figure.met for figure in figures))
+
+
+def _keep(config: Controlled, rows: list[dict[str, Any]]) -> None:
+    """What came so far; of trials nothing."""
     if not config.trials:
         told = {"command": " ".join(sys.argv), "machine": machine(), "rows": rows}
-        write_json(config.out, told | {"figures": [vars(figure) for figure in figures]})
-    return int(not all(figure.met for figure in figures))
+        write_json(config.out, told | {"figures": [vars(figure) for figure in summed(rows)]})
 
 
 def way(name: str) -> np.ndarray:
