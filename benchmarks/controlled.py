@@ -19,7 +19,7 @@ from common import Figure, header, machine
 from crossings import DEMO, PACKAGE, Source, right_frames, sources, tuned
 from PIL import Image
 
-from tav_opt import command, editing
+from tav_opt import command, editing, video
 from tav_opt.config import Control, EditConfig
 from tav_opt.demo import clips, subjects, ways, world
 from tav_opt.demo.emoji import FURTHER, JUDGED
@@ -67,11 +67,11 @@ class Controlled:
     steps: int = 20
     """DDIM steps of sampling."""
     guidance: float = 2.5
-    scale: float = 1.0
+    scale: float = 1.5
     end: float = 1.0
     """Share of the steps after which the maps are let go."""
-    inversion: bool = False
-    """Begin with the inverted source, which holds where its subject is; False: with seeded noise."""
+    inversion: bool = True
+    """Begin with the inverted source, though it holds where its subject is; False: with seeded noise."""
     adapter: Path = PACKAGE / "control"
     folder: Path = Path("demo-out/quality")
     """Tuned clips, and the sheets."""
@@ -101,18 +101,25 @@ def main(config: Controlled) -> int:
             frames = editing.edit(engine, config.edit(prompt), maps={NAME: followed})[0]
             rows.append(judged(judge, source, change, frames, followed) | {"prompt": prompt, "way": name})
             print(rows[-1], flush=True)
+            _keep(config, rows)
             sheet += [followed, frames]
             captions += [name, prompt]
         page = Image.fromarray(contact_sheet.contact_sheet(sheet, captions))
         page.save(config.folder / f"controlled-{source.name}.png")
+        together = contact_sheet.side_by_side(sheet[:3], captions[:3])
+        video.write(config.folder / f"controlled-{source.name}.gif", together, source.clip.fps)
     figures = summed(rows)
     print("\n| figure | measured | goal | met |\n|---|---:|---|---|")
     print("\n".join(map(str, figures)))
     print(header("\nedits that follow maps"))
+    return int(not all(figure.met for figure in figures))
+
+
+def _keep(config: Controlled, rows: list[dict[str, Any]]) -> None:
+    """What came so far; of trials nothing."""
     if not config.trials:
         told = {"command": " ".join(sys.argv), "machine": machine(), "rows": rows}
-        write_json(config.out, told | {"figures": [vars(figure) for figure in figures]})
-    return int(not all(figure.met for figure in figures))
+        write_json(config.out, told | {"figures": [vars(figure) for figure in summed(rows)]})
 
 
 def way(name: str) -> np.ndarray:

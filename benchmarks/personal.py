@@ -33,7 +33,7 @@ from tav_opt.personalise import dreambooth
 from tav_opt.video import contact_sheet
 
 WORD = "sks alien"
-"""The class is a word that the model knows: of "sks creature", whose bytes it never read, places were forgotten."""
+"""Its class is a word that the model knows."""
 SEEN = ("white",) * 4
 """Where the four pictures show it, each in a size and place of its own; the prompt names it, so that it is no part of
 the subject."""

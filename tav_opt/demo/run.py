@@ -54,6 +54,8 @@ by 0.91 at 2.5, and 95 %. With earlier weights, at a guidance of 3, the leopard'
 
 CONTROL, WAY = "place", "there and back"
 """The adapter's name, and where `--control` sends the subject."""
+CONTROL_SCALE = 1.5
+"""Of the adapter; chosen by the trials of benchmarks/controlled.py."""
 Maps = Mapping[str, np.ndarray]
 Editor = Callable[[EditConfig, Maps, progress.OnProgress], tuple[np.ndarray, EngineName]]
 """Edits the exported clip along maps, if any, telling of its steps → uint8 (prompts, f, H, W, 3), and the engine that
@@ -96,8 +98,8 @@ class DemoConfig:
         )
 
     def controlled(self, prompt: str) -> EditConfig:
-        """The same along a drawn way, from noise: inverted latents hold where the source's subject is."""
-        return replace(self.edit_config(prompt), inversion=False, controls=(Control(name=CONTROL),))
+        """The same along a drawn way; what the inverted latents hold of the source's is outweighed."""
+        return replace(self.edit_config(prompt), controls=(Control(name=CONTROL, scale=CONTROL_SCALE),))
 
     @property
     def train(self) -> TrainConfig:
