@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ import pytest
 import torch
 from exported import FRAMES, Exported, export_once, other_values
 from onnx import TensorProto, helper
+from onnxscript import optimizer
 
 from tav_opt import checkpoint, models
 from tav_opt.config import ClipConfig, InputError, InversionConfig
 from tav_opt.engines.registry import open_clip
-from tav_opt.export import exporting, parity, reference_checkpoint, sparse_causal
+from tav_opt.export import exporting, graphs, parity, reference_checkpoint, simplifying, sparse_causal
 from tav_opt.export.__main__ import main
 from tav_opt.export.graphs import Graph
 from tav_opt.files import sha256
@@ -82,6 +84,44 @@ print(peak() - before)
     run = [sys.executable, "-c", script, str(tmp_path / "attention.onnx")]
     grown = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout) / 1024
     assert grown < 128, f"attention at n = 4096 took {grown:.0f} MB"
+
+
+class Block(torch.nn.Module):
+    """What graphs of ours are made of: padded convolutions, a norm of groups, gated halves, layouts, sizes read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, stride=2)
+        self.norm, self.linear = torch.nn.GroupNorm(2, 8), torch.nn.Linear(8, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.silu(self.norm(self.conv(x))) * 1.0 + 0.0
+        y = self.down(torch.nn.functional.pad(y, (0, 1, 0, 1)))
+        value, gate = self.linear(y.flatten(2).transpose(1, 2)).chunk(2, -1)
+        rows = (value * torch.nn.functional.gelu(gate)).unflatten(2, (2, 8)).mean(2)
+        return torch.cat([rows.transpose(1, 2).reshape(len(x), 8, 3, 3), y], 1)[:, 1:]
+
+
+def test_a_graph_is_made_as_simple_as_the_exporter_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """onnxscript's optimizer, which has all its rules and takes several times as long on a UNet, is the truth."""
+    x = TensorSpec(name="pixels", shape=("n", 3, 6, 6), dtype="float32")
+    spec = GraphSpec(
+        name="vae_encoder", inputs=(x,), outputs=(TensorSpec(name="latents", shape=("n", 15, 3, 3), dtype="float32"),)
+    )
+    graph = Graph(spec=spec, module=Block())
+    found = []
+    for name, simplify in (
+        ("ours", simplifying.simplify),
+        ("theirs", optimizer.optimize_ir),
+        ("raw", lambda model: None),
+    ):
+        monkeypatch.setattr(graphs, "simplify", simplify)
+        (tmp_path / name).mkdir()
+        path = graphs.write(graph, tmp_path / name)
+        assert parity.check(graph, parity.in_onnxruntime(path, spec)).error < 1e-6
+        found.append(Counter(node.op_type for node in onnx.load(path).graph.node))
+    ours, theirs, raw = found
+    assert ours == theirs and ours.total() < raw.total()
 
 
 def test_every_attention_is_one_node(exported: Exported) -> None:

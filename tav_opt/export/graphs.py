@@ -21,6 +21,7 @@ from tav_opt.config import Additions, PathLike
 from tav_opt.contract import ClipInfo
 from tav_opt.engines import pytorch
 from tav_opt.engines.pytorch import ClipUNet, TextEncoder, TorchEngine, VaeDecoder, VaeEncoder, input_name
+from tav_opt.export.simplifying import simplify
 from tav_opt.export.sparse_causal import OPSET, Body, append_body, translate
 from tav_opt.models import StableDiffusion
 from tav_opt.repository.specs import GraphSpec, TensorSpec
@@ -174,11 +175,13 @@ def write(graph: Graph, folder: Path, body: Body = "onnxruntime") -> Path:
             output_names=[spec.name for spec in graph.spec.outputs],
             opset_version=OPSET,
             dynamo=True,
+            optimize=False,  # below, in a fifth of the time
             verbose=False,
             custom_translation_table={torch.ops.tav_opt.sparse_causal_attention.default: translate},
         )
-    assert program is not None
-    model = program.model
+        assert program is not None
+        model = program.model
+        simplify(model)
     names = [spec.name for spec in (*graph.spec.inputs, *graph.spec.values.values())]
     assert len(names) == len(set(names)) == len(model.graph.inputs), "an input was dropped, or two have one name"
     for value, name in zip(model.graph.inputs, names, strict=True):
