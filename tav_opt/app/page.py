@@ -129,8 +129,8 @@ def _theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "monospace"],
     ).set(
         body_background_fill="*neutral_100",
-        block_label_background_fill="none",
-        block_label_background_fill_dark="none",
+        block_label_background_fill="*background_fill_primary",
+        block_label_background_fill_dark="*background_fill_secondary",
         block_label_text_color="*neutral_700",
         block_label_text_color_dark="*neutral_200",
         block_title_background_fill="none",
