@@ -161,7 +161,7 @@ def test_the_large_model_is_of_128_pixels_in_40_mb() -> None:
         text_encoder = CLIPTextModel(text_config(new_tokenizer([*JUDGED, *FURTHER])))
         pixels, text = torch.empty(1, 3, 128, 128), torch.empty(1, TOKENS, WIDTH)
     values = sum(p.numel() for part in (vae, unet, text_encoder) for p in part.parameters())
-    assert 2 * values <= 39e6, "in fp16, with the tokenizer beside"
+    assert 2 * values + 1e5 < 40e6, "in fp16, with the tokenizer beside"
     latents = vae.encode(pixels).latent_dist.mean
     assert latents.shape == (1, 16, 16, 16) and LARGE.factor == 8
     assert unet(latents, torch.zeros(1, device="meta"), text).sample.shape == latents.shape
