@@ -109,7 +109,7 @@ def _pictures(job: Job, scenes: Sequence[world.Scene], *, steps: int) -> np.ndar
     model = job.folder / "model"
     stage = Text2ImageStage(job.sprites, AutoencoderKL.from_pretrained(model / "vae"), job.size, device=job.device)
     stage.unet = UNet2DConditionModel.from_pretrained(model / "unet").to(job.device).eval()
-    stage.text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(job.device).eval()
+    stage.text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(job.device).eval()  # nosec B615  # a folder
     prompts = [world.prompt(scene) for scene in scenes]
     parts = [prompts[first : first + BATCH] for first in range(0, len(prompts), BATCH)]
     return np.concatenate(
