@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tav_opt.config import InputError
+from tav_opt.config import InputError, OnProgress
 from tav_opt.export import graphs, parity
 from tav_opt.export.graphs import Graph
 from tav_opt.export.parity import OnGraph
@@ -53,10 +53,11 @@ def lacking(base: Path, further: Iterable[Further]) -> list[Further]:
 
 def add(
     base: Path,
-    further: Iterable[Further],
+    further: Sequence[Further],
     sd: StableDiffusion,
     values: dict[str, Tensor],
     on_graph: OnGraph | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Adds graphs to an exported base, whose lock is held; its own files, and their revision, stay as they are.
 
@@ -66,7 +67,9 @@ def add(
     told = layout.manifest(base, BaseManifest)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=base, prefix=".new-") as work:
-        for one in further:
+        for number, one in enumerate(further):
+            if on_progress is not None:
+                on_progress(f"add {one.name}", number, len(further))
             graph = one.make(sd, values, told["latents"])
             folder = Path(work) / one.name
             folder.mkdir()

@@ -98,7 +98,7 @@ def export(
         if lacking := additions.lacking(exported, further):
             check_unaltered(exported)
             sd, values = _model(tuned, base)
-            additions.add(exported, lacking, sd, values, on_graph)
+            additions.add(exported, lacking, sd, values, on_graph, on_progress)
         write_model_files(Path(repository))
         return _write_clip(tuned, within(version, clip_folder(version, name)))
 
@@ -163,7 +163,7 @@ def _write_base(
         if on_edit is not None:
             on_edit("onnxruntime", edit)
         write_json(folder / MANIFEST, manifest | {"edit": edit.to_json()})
-        additions.add(folder, further, sd, values, on_graph)
+        additions.add(folder, further, sd, values, on_graph, on_progress)
 
 
 def _model(tuned: Checkpoint, base: PathLike | Additions | None) -> tuple[StableDiffusion, dict[str, Tensor]]:
