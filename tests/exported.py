@@ -40,6 +40,9 @@ class Exported:
     parity: dict[str, float]
     frames: np.ndarray
 
+    def places(self) -> dict[str, Path]:
+        return {"checkpoint": self.checkpoint, "repository": self.repository}
+
     @property
     def version(self) -> Path:
         return self.repository / "tune_a_video_stream" / "1"
@@ -108,10 +111,11 @@ def open_base(like: Exported, engine: EngineChoice = "auto", *, threads: int | N
 
 
 def export_once(golden: Path, temporary: Path) -> Exported:
-    """The tests' one export, in a repository of the caller's own: nobody finds what others' tests added."""
+    """The tests' one export, as the caller's own: nobody finds what others' tests added or took away."""
     found = _export(golden, common(temporary))
-    own = Path(tempfile.mkdtemp(dir=temporary)) / "repository"
-    return replace(found, repository=Path(shutil.copytree(found.repository, own)))
+    own = Path(tempfile.mkdtemp(dir=temporary))
+    places = {name: shutil.copytree(place, own / place.name) for name, place in found.places().items()}
+    return replace(found, **places)
 
 
 def common(temporary: Path) -> Path:
@@ -128,6 +132,7 @@ def shallow_base(golden: Path, folder: Path) -> Path:
         if (base / "unet").exists():
             return base
         shutil.copytree(theirs, base, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("unet"))
+        base.chmod(0o755)  # theirs may be read alone
         config = UNet2DConditionModel.load_config(theirs / "unet")
         outer = ("block_out_channels", "down_block_types", "up_block_types")
         kinds = {key: [config[key][0], config[key][-1]] for key in outer}
