@@ -38,7 +38,7 @@ def things(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "words.png").write_text("no picture")
     halves = {"lora_A": torch.ones(3, 16), "lora_B": torch.ones(16, 3)}
     layers = ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder_2.layers.0.q_proj")
-    lora = {f"{layer}.{half}.weight": value for layer in layers for half, value in halves.items()}
+    lora = {f"{layer}.{half}.weight": value.clone() for layer in layers for half, value in halves.items()}
     save_file(lora, folder / "xl.safetensors")
     save_file({"<cat>": torch.ones(768)}, folder / "wide.safetensors")
     save_file({"panda": torch.ones(32)}, folder / "known.safetensors")

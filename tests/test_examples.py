@@ -45,9 +45,9 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def base(golden, tmp_path_factory) -> Path:
+def base(shallow, tmp_path_factory) -> Path:
     """The base of the tests' clip as diffusers saves one."""
-    folder = shutil.copytree(golden / "reference_checkpoint" / "sd", tmp_path_factory.mktemp("base") / "sd")
+    folder = shutil.copytree(shallow, tmp_path_factory.mktemp("base") / "sd")
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0", **PARTS}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

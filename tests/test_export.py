@@ -99,7 +99,7 @@ class Block(torch.nn.Module):
         y = self.down(torch.nn.functional.pad(y, (0, 1, 0, 1)))
         value, gate = self.linear(y.flatten(2).transpose(1, 2)).chunk(2, -1)
         rows = (value * torch.nn.functional.gelu(gate)).unflatten(2, (2, 8)).mean(2)
-        return torch.cat([rows.transpose(1, 2).reshape(len(x), 8, 3, 3), y], 1)[:, 1:]
+        return torch.cat([rows.transpose(1, 2).reshape(x.shape[0], 8, 3, 3), y], 1)[:, 1:]
 
 
 def test_a_graph_is_made_as_simple_as_the_exporter_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
