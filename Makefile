@@ -15,12 +15,12 @@ docs: .venv/installed
 
 # Three at a time on two cores, with one thread each: the first keeps a core busy for minutes, the second waits for servers
 # and what they do, the third is all the rest. What they all need is made once, in COMMON.
-COMPUTING := $(addprefix tests/test_,engines.py kernels.py schedules.py train.py gateway.py demo.py fuzz.py half_graph.py \
+COMPUTING := $(addprefix tests/test_,engines.py kernels.py schedules.py gateway.py demo.py fuzz.py half_graph.py \
   whole_edit.py kernels_backward.py kernels_backward_compiled.py gpu_run.py presets.py solvers.py group_norm.py \
-  group_norm_interpreted.py single_file.py additions.py personalise.py refined_inversion.py suite_run.py app.py \
-  app_browser.py api.py api_jobs.py api_fuzz.py conditions.py controlled_edit.py served_control.py served_long.py \
-  long_clips.py added_graphs.py)
-WAITING := $(addprefix tests/test_,docs.py supervision.py faults.py load.py serving.py serving_files.py operating.py)
+  group_norm_interpreted.py single_file.py additions.py personalise.py refined_inversion.py suite_run.py conditions.py \
+  controlled_edit.py long_clips.py added_graphs.py)
+WAITING := $(addprefix tests/test_,docs.py supervision.py faults.py load.py serving.py serving_files.py operating.py train.py \
+  app.py app_browser.py api.py api_jobs.py api_fuzz.py served_control.py served_long.py)
 COMMON := $(CURDIR)/.venv/common
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 TAV_OPT_TESTS_COMMON=$(COMMON) $(BIN)/python -m pytest
 .PHONY: test-computing test-waiting test-others

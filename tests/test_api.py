@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from tav_opt.serving.host.server import Server
 OTHER = "another-key-of-another-owner"
 SHORT = {"steps": 2, "guidance_scale": 7.5}
 LONG = {"steps": 400}
+ALIKE = 2.0
+"""Of 255, in the mean: in the last bits an edit depends on what else the server computes meanwhile, and random weights
+and an MP4 make more of them."""
 PROMPT = "a panda is skiing"
 
 
@@ -74,6 +78,12 @@ def fetched(client: OpenAI, video_id: str) -> bytes:
     return client.videos.download_content(video_id).content
 
 
+def off(one: bytes, other: bytes) -> float:
+    """Mean difference of two videos, of 255."""
+    frames, expected = (video.decode(file).frames.astype(int) for file in (one, other))
+    return float(np.abs(frames - expected).mean())
+
+
 def posted(api: Api, path: str, body: dict[str, object], key: str = KEY, status: int = 200) -> dict[str, Any]:
     """In JSON, where OpenAI's client has only forms, and refuses the id of a video."""
     answer = httpx.post(f"{api.url}/{path}", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
@@ -100,9 +110,8 @@ def test_a_video_is_the_edit_that_the_server_makes(server, client):
     with Client(server.grpc_url) as direct:
         edit = EditConfig(prompts=(PROMPT,), **SHORT)
         (expected,) = direct.edit("first", edit, output="mp4").videos
-    # In the last bits an edit depends on what else the server computes meanwhile; an MP4 makes more of them.
-    ours, theirs = (video.decode(file).frames.astype(int) for file in (fetched(client, asked.id), expected))
-    assert np.abs(ours - theirs).mean() < 0.5
+        (other,) = direct.edit("first", replace(edit, prompts=("a bear",)), output="mp4").videos
+    assert off(fetched(client, asked.id), expected) < ALIKE < off(other, expected)
     assert settings(fetched(client, asked.id)) == settings(expected) == done.settings
 
 
@@ -123,8 +132,8 @@ def test_a_video_that_is_sent_is_edited_in_the_clips_place(server, client, clip)
     with Client(server.grpc_url) as direct:
         edit = EditConfig(prompts=(PROMPT,), **SHORT)
         (expected,) = direct.edit("first", edit, output="mp4", video=clip, stride=1).videos
-    found = video.decode(fetched(client, asked.id))
-    assert np.array_equal(found.frames, video.decode(expected).frames) and found.fps == 4
+    found = fetched(client, asked.id)
+    assert off(found, expected) < ALIKE and video.decode(found).fps == 4
     assert (done.seconds, done.size) == ("1", "64x64")
 
 

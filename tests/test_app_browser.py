@@ -112,7 +112,8 @@ def test_cancel_stops_the_edit_on_the_server(tab, server):
     tab.advanced(steps=1000)
     tab.edit(PROMPT)
     tab.wait("/step \\d+ of 1000/.test(document.querySelector('#status').innerText)")
-    assert "left" in tab.text("status") or "step 1 " in tab.text("status")
+    status = tab.text("status")
+    assert "left" in status or "step 1 " in status
     tab.page.click("#cancel")
     tab.wait("document.querySelector('#status').innerText.includes('Cancelled')")
     until(lambda: any("CANCELLED" in line for line in list(server.log)))

@@ -136,10 +136,9 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 
 @pytest.fixture(scope="module")
-def long(exported: Exported, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def long(exported: Exported, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A clip of LONG frames on the base that was exported for FRAMES."""
-    base = golden / "reference_checkpoint" / "sd"
-    short, sd = tuned(base, frames_of(FRAMES), seed=2), models.load(base)
+    short, sd = tuned(shallow, frames_of(FRAMES), seed=2), models.load(shallow)
     models.put_values(sd.unet, short.values)
     source = models.encode_video(sd, frames_of(LONG))
     info = replace(short.info, frames=LONG, window=FRAMES, inversion_steps=2)

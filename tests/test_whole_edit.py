@@ -124,7 +124,7 @@ def test_engines_that_run_where_they_are_built_are_written_only_if_they_edit_ali
     """Graphs and engines one by one are compared in test_tensorrt_engine.py, where they say too that none was run."""
     stand_in(monkeypatch)
     monkeypatch.setattr(build._Maker, "check_graphs", lambda *_: {})
-    monkeypatch.setattr(build._Maker, "_compared", lambda *_: {})
+    monkeypatch.setattr(build._Maker, "compared", lambda *_: {})
     monkeypatch.setattr(build.Plan, "runs_here", lambda *_: True)
     monkeypatch.setattr(build, "GPU", CPU)
     monkeypatch.setattr(tensorrt, "deserializer", lambda _: deserialize)
