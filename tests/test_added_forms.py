@@ -43,8 +43,8 @@ FULL, HALF = (0.05, 3), (3.0, 48)
 
 
 @pytest.fixture(scope="module")
-def place(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_controlnet(golden / "reference_checkpoint" / "sd", tmp_path_factory.mktemp("net") / "pose", 1)
+def place(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_controlnet(shallow, tmp_path_factory.mktemp("net") / "pose", 1)
 
 
 @pytest.fixture(scope="module")
