@@ -186,7 +186,8 @@ def compile_program(graph: Graph, path: Path) -> dict[str, Tensor]:
     dynamic = graph.shapes(lambda name: torch.export.Dim(name, min=1, max=MOST_ROWS))
     # A length of 1 is as good as any other: without this, programs for 2 and more refuse it.
     with shapes.patch(backed_size_oblivious=True), graphs.quiet():  # type: ignore[attr-defined]
-        program = torch.export.export(graph.module.eval(), arguments, kwargs, dynamic_shapes=dynamic)
+        module = graph.module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as `laid_out` lays weights out
+        program = torch.export.export(module, arguments, kwargs, dynamic_shapes=dynamic)
     with fresh_cache(), graphs.quiet():
         aoti_compile_and_package(
             program,
