@@ -109,7 +109,7 @@ class VideoUNet(UNet2DConditionModel):
         What is added inside, each (b,f,c',h',w'), enters where diffusers' UNet takes it, by the name that it has there.
         With the tensors of attention control, by their names, there is one channel more: where the blend words look.
         Where it `gives_features`, it answers with those of `outermost.whole` too, (b,f,c',h,w); told of such `features`
-        it runs its outermost layers alone, and is told of nothing else beside the text.
+        it runs its outermost layers alone. Raises ValueError where it is told of anything else beside the text then.
         """
         dtype = self.conv_in.weight.dtype
         if latents.dtype != dtype or text.dtype != dtype:
@@ -117,6 +117,9 @@ class VideoUNet(UNet2DConditionModel):
         b, c, f, h, w = latents.shape
         self.conv_norm_out.frames = f  # called by diffusers with the image alone, and never inside a checkpoint
         x = latents.transpose(1, 2).reshape(b * f, c, h, w)
+        added = down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals
+        if (features is not None or gives_features) and (control or any(one is not None for one in added)):
+            raise ValueError("features go with the text alone")
         if features is not None:
             noise = outermost.shallow(self, x, timesteps, text, features.to(dtype).flatten(0, 1))
             return noise.reshape(b, f, -1, h, w).transpose(1, 2)

@@ -43,10 +43,11 @@ def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | None] | 
 
 def given_settings(kind: type[E], prog: str, arguments: Sequence[str]) -> tuple[E, set[str]]:
     """What a command line says, and which of FILLED_IN and the seed it gives: those that no default changes."""
-    args = tyro.cli(kind, prog=prog, args=arguments)
+    args = tyro.cli(kind, prog=prog, args=arguments, registry=TYPES)
     numbers = ("steps", "guidance_scale", "guidance_interval", "reuse_interval", "seed")
     others = {name: getattr(EditConfig, name) + 1 for name in numbers}
-    again = tyro.cli(kind, prog=prog, args=arguments, default=replace(args, **others, inversion=False, solver="unipc"))
+    changed = replace(args, **others, inversion=False, solver="unipc")
+    again = tyro.cli(kind, prog=prog, args=arguments, default=changed, registry=TYPES)
     return args, {name for name in (*FILLED_IN, "seed") if getattr(again, name) == getattr(args, name)}
 
 
