@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from common import header, machine
-from presets import prepare
+from presets import PRESETS, prepare
 from tyro.conf import Positional
 
 from tav_opt import command, ddim, editing, inversion
@@ -68,7 +68,7 @@ def main(config: Inversion) -> int:
             for iterations in config.iterations
         ]
         guided = [_guided(engine, steps, settings) for steps in config.guided_steps for settings in GUIDED]
-    info, name = engine.info, "sd15" if config.checkpoint == "sd15" else "tuned"
+    info, name = engine.info, config.checkpoint if config.checkpoint in PRESETS else "tuned"
     print(header(f"inversion and back: {info.frames} frames of {info.width}×{info.height}, tuned on {info.prompt!r}"))
     _print(rows)
     _print(guided)
@@ -79,7 +79,7 @@ def main(config: Inversion) -> int:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    """A table; seconds are those of one core, whatever else the machine does."""
+    """A table; seconds are the process's own, of all its threads."""
     for number, row in enumerate(rows):
         if not number:
             print(f"\n| {' | '.join(row)} |\n|{'---:|' * len(row)}")

@@ -19,7 +19,7 @@ from crossings import DEMO, Source, background_psnr, exported, scores, sources
 from PIL import Image
 
 from tav_opt import editing
-from tav_opt.config import KEEP, PRESETS, EditConfig
+from tav_opt.config import KEEP, PRESETS, EditConfig, InputError
 from tav_opt.demo import world
 from tav_opt.demo.judge import Judge
 from tav_opt.engines.registry import open_clip
@@ -135,29 +135,33 @@ def measured(
 ) -> list[dict[str, Any]]:
     """A row an option, printed and written as they come; a picture of each edit lies in the folder.
 
-    Rows that were written before stay; where names are given, `only` those and the first are measured. `run` says what
-    was run and where, at the head of what is written.
+    Rows that were written before stay; where names are given, `only` those are measured, and the first where it lacks.
+    `run` says what was run and where, and stands in each row that it measured. Raises InputError for an unknown name.
     """
     by_name = {source.name: source for source in sources() if source.name in ASKED}
-    before = {row["option"]: row for row in read_json(out)["rows"]} if out.is_file() else {}
+    if unknown := sorted(set(only) - {option.name for option in OPTIONS}):
+        raise InputError(f"no option {unknown[0]!r}")
+    head = read_json(out) if out.is_file() else {"rows": []}
+    before = {row["option"]: {name: head[name] for name in run if name in head} | row for row in head["rows"]}
     rows = list[dict[str, Any]]()
-    for name in () if before else by_name:
+    lacking = [option for option in OPTIONS if option.name in only or (option.name not in before and not only)]
+    for name in by_name if lacking or OPTIONS[0].name not in before else ():
         exported(by_name[name], folder, further=[CONTROLLED])
     print(f"\n### options\n\n{HEAD}", flush=True)
     for option in OPTIONS:
-        row = before.get(option.name)
+        row = None if option.name in only else before.get(option.name)
         if row is None and rows and only and option.name not in only:
             continue
         if row is None:
             found = apart(partial(edited, option, folder))
             judged = [_judged(judge, one, by_name[one.clip]) for one in found]
-            row = _row(option, judged, rows[0]["edits"] if rows else judged)
+            row = _row(option, judged, rows[0]["edits"] if rows else judged) | run
             for one in found:
                 shown = contact_sheet.contact_sheet([one.frames], [f"{option.name}: {one.prompt}"], 4)
                 Image.fromarray(shown).save(folder / f"option-{OPTIONS.index(option):02}-{one.clip}.png")
         rows.append(row)
         print(line(row), flush=True)
-        write_json(out, {**run, "steps": STEPS, "rows": rows})
+        write_json(out, {"steps": STEPS, "rows": rows})
     return rows
 
 

@@ -15,6 +15,7 @@ from tav_opt.contract import ClipInfo
 from tav_opt.demo.random_model import write_random_model
 from tav_opt.unet import clip_value_names
 
+PRESETS = ("demo", "sd15", "like-sd15")
 DEMO_MODEL = Path(models.__file__).parent / "demo" / "model"
 
 
@@ -24,9 +25,9 @@ def prepare(preset: str, folder: Path, *, frames: int, size: int | None, steps: 
     preset is `demo` (random weights until the package ships trained ones: as fast), `sd15`, `like-sd15` (its blocks at
     widths of the demo's), or a checkpoint's folder, which is taken as it is. Raises InputError for anything else.
     """
-    if preset not in ("demo", "sd15", "like-sd15"):
+    if preset not in PRESETS:
         if not checkpoint.is_checkpoint(Path(preset)):
-            raise InputError(f"preset {preset!r} is neither demo, sd15, like-sd15, nor a checkpoint's folder")
+            raise InputError(f"preset {preset!r} is neither {', '.join(PRESETS)}, nor a checkpoint's folder")
         return Path(preset)
     if preset != "demo":
         base = random_sd15(folder / preset, kind="whole" if preset == "sd15" else "like")

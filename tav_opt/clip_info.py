@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from tav_opt import __version__
 from tav_opt.config import (
@@ -14,6 +14,7 @@ from tav_opt.config import (
     ClipConfig,
     EditConfig,
     EngineName,
+    Fit,
     InputError,
     InversionConfig,
     Preset,
@@ -51,7 +52,7 @@ class ClipInfo:
     source_height: int | None = None
     """At which the source is shown, of which the frames were fitted; None where nobody kept that."""
     source_width: int | None = None
-    fit: Literal["crop", "squash"] = ClipConfig.fit
+    fit: Fit = ClipConfig.fit
     """How they were: cropped or squashed."""
     version: int = VERSION
 
@@ -158,4 +159,5 @@ def edit_metadata(
     if config.controls:
         numbers = [{name: round(getattr(one, name), 6) for name in OF_CONTROLS} for one in config.controls]
         found["controls"] = [{"name": one.name} | told for one, told in zip(config.controls, numbers, strict=True)]
+        found["control_inversion"] = config.control_inversion
     return found | (texts if with_prompts else {})

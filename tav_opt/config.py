@@ -79,6 +79,10 @@ class BaseConfig(Additions):
         return {"model": self.model, **super().given()}
 
 
+Fit = Literal["crop", "squash"]
+"""How frames of another shape come to a clip's size."""
+
+
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig(Config):
@@ -98,7 +102,7 @@ class ClipConfig(Config):
     """Of the frames, in pixels; a multiple of the VAE's factor, 8 for Stable Diffusion. So is the width."""
     width: Side = 512
     """Of the frames."""
-    fit: Literal["crop", "squash"] = "crop"
+    fit: Fit = "crop"
     """Centre crop that keeps the aspect, or squash (the reference's way)."""
 
 

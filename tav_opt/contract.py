@@ -30,7 +30,6 @@ from tav_opt.served_tensors import CONTROL_INPUTS as CONTROL_INPUTS
 from tav_opt.served_tensors import STREAM_OUTPUTS as STREAM_OUTPUTS
 from tav_opt.served_tensors import UNARY_INPUTS as UNARY_INPUTS
 from tav_opt.served_tensors import UNARY_OUTPUTS as UNARY_OUTPUTS
-from tav_opt.served_tensors import DType as DType
 
 STREAM_MODEL = "tune_a_video_stream"
 """The decoupled model: progress responses, then the frames. Over gRPC streams."""

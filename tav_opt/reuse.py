@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from tav_opt.ddim import Guided, Predict, Text, Timestep
@@ -59,5 +58,4 @@ class Reused:
         if rows < self._rows:
             return None
         # The windows of a call stand one behind the other, each with the rows of its step, the text's last.
-        windows = features.unflatten(0, (-1, rows))
-        return torch.cat(list(windows[:, -self._rows :]))
+        return features.unflatten(0, (-1, rows))[:, -self._rows :].flatten(0, 1)

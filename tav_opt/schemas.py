@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from tav_opt.config import InputError
+from tav_opt.config import Fit, InputError
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
 """A SHA-256; parts of it are parts of paths."""
@@ -67,10 +67,9 @@ class ClipDescription(Manifest):
     inversion_steps: Annotated[int, Field(ge=1, le=1000)]
     inversion_iterations: Annotated[int, Field(ge=0, le=100)] = 0
     window: Annotated[int, Field(ge=2)] | None = None
-    source_shape: Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
-    fit: Literal["crop", "squash"] = "crop"
+    source_height: Pixels | None = None
+    source_width: Pixels | None = None
+    fit: Fit = "crop"
     settings: dict[str, Any] = {}
 
 

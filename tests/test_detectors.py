@@ -164,6 +164,14 @@ def test_the_command_writes_what_a_detector_sees(tmp_path: Path, capsys: pytest.
         assert said in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+def test_maps_are_fitted_as_the_source_was(tmp_path: Path) -> None:
+    video.write(tmp_path / "in", square(2), 8)
+    size = {"height": SIDE, "width": 2 * SIDE}
+    squashed = video.read(tmp_path / "in", count=2, fit="squash", **size).frames
+    assert np.array_equal(read_maps(tmp_path / "in", 2, **size, fit="squash"), squashed)
+    assert not np.array_equal(read_maps(tmp_path / "in", 2, **size), squashed)
+
+
 def test_maps_of_another_length_are_refused(tmp_path: Path) -> None:
     video.write(tmp_path / "in", square(4), 8)
     assert len(read_maps(tmp_path / "in", 2, SIDE, SIDE, stride=2)) == 2

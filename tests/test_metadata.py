@@ -101,5 +101,5 @@ def test_attention_control_is_told_where_there_is_some():
 def test_what_is_followed_is_told():
     config = EditConfig(prompts=("a cat",), controls=(Control(name="pose", scale=float(np.float32(0.7))),))
     found = edit_metadata(INFO, "toy", config, config.prompts, engine="compiled")
-    assert list(found) == [*KEYS, "controls"]
+    assert list(found) == [*KEYS, "controls", "control_inversion"] and not found["control_inversion"]
     assert found["controls"] == [{"name": "pose", "scale": 0.7, "start": 0.0, "end": 1.0}]

@@ -18,10 +18,11 @@ from torch import Tensor
 from tav_opt import cli, ddim, editing, outermost, video
 from tav_opt.config import Control, EditConfig, InputError
 from tav_opt.contract import to_tensors
+from tav_opt.engines import onnxruntime
 from tav_opt.engines.exported import ExportedEngine
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
 from tav_opt.export import __main__ as command
-from tav_opt.export import parity
+from tav_opt.export import half_graph, parity
 from tav_opt.files import read_json
 from tav_opt.reuse import FEATURES, Reused
 from tav_opt.unet import VideoUNet, inflate
@@ -233,3 +234,10 @@ def test_edits_of_one_batch_share_calls_of_the_same_kind(reusable: Exported) -> 
     told = _Call(latents, torch.tensor(301), {"text": text[:1], FEATURES: found[0][1]})
     plain = _Call(latents, torch.tensor(301), text[:1])
     assert [len(group) for group in _alike([*calls, told, plain])] == [2, 1, 1]
+
+
+@pytest.mark.full
+def test_a_base_with_them_has_them_in_fp16_too(reusable: Exported) -> None:
+    half_graph.export(reusable.version / "clips" / "first")
+    folder = onnxruntime.half_folder(reusable.base)
+    assert {*read_json(folder / "manifest.json")["added"]} == {"unet_whole", "unet_outermost"}

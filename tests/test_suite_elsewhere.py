@@ -128,7 +128,11 @@ def test_workers_of_two_machines_share_what_is_there(suite: Path, store: Any, tm
     store.pipe_file(edit, store.cat(edit)[:-1] + b"x")
     with pytest.raises(Exception, match=r"edit\.mp4 is not what was written: altered, or cut short"):
         one.fetched(next(unit for unit in planned if unit.name.startswith("ready") and unit.kind == "edit"))
-    assert HASHES in json.loads(store.cat(edit.replace(EDIT, ABOUT)))
+    about = json.loads(store.cat(edit.replace(EDIT, ABOUT)))
+    store.pipe_file(edit.replace(EDIT, ABOUT), json.dumps(about | {HASHES: {"../out": "0" * 64}}).encode())
+    with pytest.raises(Exception, match="leads out of"):
+        one.fetched(next(unit for unit in planned if unit.name.startswith("ready") and unit.kind == "edit"))
+    assert HASHES in about and not list(tmp_path.rglob("out"))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,7 @@ def test_workers_of_two_machines_share_what_is_there(suite: Path, store: Any, tm
         ("x", ["--report", "--dry"], "--report does nothing with --dry"),
         ("x", ["--report", "--workers", "2"], "--workers does nothing with --report"),
         ("x", ["--report"], "has no edit of"),
+        ("x", ["--teraflops", "9"], "--teraflops does nothing without --dry"),
     ],
 )
 def test_what_will_not_do_is_one_line(

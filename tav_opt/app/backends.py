@@ -15,6 +15,7 @@ import numpy as np
 
 from tav_opt.app.app_config import AppConfig
 from tav_opt.client import Client, Edit, Options, Progress, Retry, ServerError
+from tav_opt.client.exchange import control_videos
 from tav_opt.config import EditConfig, InputError
 from tav_opt.contract import ServedClip, to_tensors
 from tav_opt.loopback import urlopen
@@ -120,8 +121,7 @@ class InProcess:
 
     def begin(self, clip: str, edit: EditConfig, options: Options) -> Work:
         asked: dict[str, Any] = {name: value for name, value in options.items() if name not in ("sound", "deadline_s")}
-        maps = asked.pop("maps", {})
-        asked["control_videos"] = [maps[one.name] for one in edit.controls]
+        asked["control_videos"] = control_videos(edit, asked.pop("maps", {}))
         fps = asked.get("fps") or self.clip(clip).fps
         return _Local(to_tensors(clip, edit, **asked), fps, self._answer)
 

@@ -240,7 +240,9 @@ class EditTab:
         options = fitted(options | fitting, source, served, mask=guided.mask, began=time.monotonic())
         if guided.maps:
             frames = options.get("source_frames")
-            options["maps"] = guided.fitted_maps(served.frames if frames is None else len(frames), served)
+            options["maps"] = guided.fitted_maps(
+                served.frames if frames is None else len(frames), served, fitting.get("fit", ClipConfig.fit)
+            )
         return _Asked(
             clip=clip,
             served=served,

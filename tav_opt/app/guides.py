@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from tav_opt.app import controls, markup
 from tav_opt.app.controls import Setting
-from tav_opt.config import Control, InputError
+from tav_opt.config import Control, Fit, InputError
 from tav_opt.contract import STREAM_INPUTS, ServedClip
+from tav_opt.served_tensors import OF_CONTROLS
 
-OF_MAPS = {"control_scale": "scale", "control_start": "start", "control_end": "end"}
+OF_MAPS = {f"control_{name}": name for name in OF_CONTROLS}
 """Inputs of an edit with a number for each map, and what a Control calls them."""
 SAID = (
     "A mask, an image or a video, is white where the picture may change. Maps are videos, each named for its network of"
@@ -55,13 +57,11 @@ class Guided:
         follow = tuple(Control(**control) for control in own)
         return {"controls": follow, "control_inversion": self.settings.get("control_inversion", False)}
 
-    def fitted_maps(self, frames: int, clip: ServedClip) -> dict[str, bytes]:
-        """Files with so many frames of the clip's size; raises InputError as `read_maps` does."""
+    def fitted_maps(self, frames: int, clip: ServedClip, fit: Fit) -> dict[str, np.ndarray]:
+        """So many frames of the clip's size, uint8 (f, H, W, 3); raises InputError as `read_maps` does."""
         from tav_opt.conditions.maps import read_maps
-        from tav_opt.video.lossless import encode_mkv
 
-        read = {name: read_maps(path, frames, clip.height, clip.width) for name, path in self.maps.items()}
-        return {name: encode_mkv(maps) for name, maps in read.items()}
+        return {name: read_maps(path, frames, clip.height, clip.width, fit=fit) for name, path in self.maps.items()}
 
 
 class Guides:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from tav_opt.conditions.network_options import Several, named
-from tav_opt.config import Control, Count, InputError
+from tav_opt.config import Control, Count, Fit, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,9 +113,14 @@ def check(options: ControlOptions) -> None:
 
 
 def maps(
-    options: ControlOptions, frames: int, height: int, width: int, source: Callable[[], np.ndarray]
+    options: ControlOptions,
+    frames: int,
+    height: int,
+    width: int,
+    source: Callable[[], np.ndarray],
+    fit: Fit,
 ) -> dict[str, np.ndarray]:
-    """uint8 (f, H, W, 3) by name; `source` gives the clip's own frames. Raises InputError."""
+    """uint8 (f, H, W, 3) by name; `source` gives the clip's own frames, fitted by `fit`. Raises InputError."""
     places: Mapping[str, str] = named("detector", options.detector, "PLACE")
     detected, found = _detected(options), {}
     for name, value in named("control", options.control, "FILE").items():
@@ -124,7 +129,7 @@ def maps(
         else:
             from tav_opt.conditions.maps import read_maps
 
-            read = read_maps(Path(value), frames, height, width, options.control_stride)
+            read = read_maps(Path(value), frames, height, width, options.control_stride, fit)
         if name in detected:
             from tav_opt.conditions.detectors import detecting
 

@@ -171,6 +171,5 @@ def _opened(args: Edit, clip: ClipFolder) -> Engine:
 
 def _maps(args: Edit, engine: Engine) -> dict[str, np.ndarray]:
     info = engine.info
-    return controls.maps(
-        args.following, info.frames, info.height, info.width, lambda: engine.decode(engine.source_latents)[0]
-    )
+    size = info.frames, info.height, info.width
+    return controls.maps(args.following, *size, lambda: engine.decode(engine.source_latents)[0], info.fit)

@@ -71,11 +71,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_together(args: Evaluate) -> None:
-    """Raises InputError for an option that would do nothing beside --dry or --report."""
+    """Raises InputError for an option that would do nothing."""
     only = "dry" if args.dry else "report" if args.report else None
-    idle = {"dry": ("report", "tgve", "workers", "ray"), "report": ("workers",), None: ()}[only]
-    if given := next((name for name in idle if getattr(args, name)), None):
-        raise InputError(f"--{given} does nothing with --{only}: nothing is computed")
+    idle = {"dry": ("report", "tgve", "workers", "ray"), "report": ("workers", "teraflops"), None: ("teraflops",)}[only]
+    if given := next((name for name in idle if getattr(args, name) != getattr(Evaluate, name)), None):
+        why = f"with --{only}: nothing is computed" if only else "without --dry"
+        raise InputError(f"--{given} does nothing {why}")
 
 
 def _dry(args: Evaluate, suite: Suite) -> int:

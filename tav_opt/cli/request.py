@@ -14,7 +14,19 @@ from tav_opt import progress
 from tav_opt.cli import controls
 from tav_opt.cli.common import Guidance, Prompts, check_edit, given_settings, mention_idle_seed, mention_weights, write
 from tav_opt.cli.controls import ControlOptions
-from tav_opt.config import FILLED_IN, ClipConfig, Control, Count, EditConfig, Fps, Index, InputError, Preset, Within
+from tav_opt.config import (
+    FILLED_IN,
+    ClipConfig,
+    Control,
+    Count,
+    EditConfig,
+    Fit,
+    Fps,
+    Index,
+    InputError,
+    Preset,
+    Within,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +48,7 @@ class Request(EditConfig):
     """Take every STRIDE-th frame."""
     uniform: bool = ClipConfig.uniform
     """Spread the frames evenly over the video instead of start and stride."""
-    fit: Literal["crop", "squash"] = ClipConfig.fit
+    fit: Fit = ClipConfig.fit
     """Centre crop that keeps the aspect, or squash."""
     mask: Path | None = None
     """White where the picture may change; the rest stays. An image, or a video or folder of images, fitted like the
@@ -81,7 +93,8 @@ def run(arguments: Sequence[str]) -> int:
     check_edit(args, args.out, len(args.prompts))
     args = replace(args, controls=controls.asked(args.following))
     mention_weights("request", (*args.prompts, args.negative_prompt))
-    names = ("video", *FITTING) if args.video is not None else ("frames",)
+    fitting = tuple(name for name in FITTING if getattr(args, name) != getattr(Request, name))
+    names = ("video", *FITTING) if args.video is not None else fitting
     source: Any = {name: found for name in (*names, "mask") if (found := getattr(args, name)) is not None}
     if args.size == "source" and args.video is None:
         raise InputError("size source: only of a --video; the clip's own is for tav-opt edit")
@@ -98,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
             if args.controls:
                 clip = client.clip(args.clip)
                 size = args.frames or clip.frames, clip.height, clip.width
-                source["maps"] = controls.maps(args.following, *size, _no_source)
+                source["maps"] = controls.maps(args.following, *size, _no_source, args.fit)
             result = client.edit(
                 args.clip,
                 args,

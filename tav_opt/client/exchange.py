@@ -16,7 +16,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from tav_opt.config import FILLED_IN, EditConfig, InputError, PathLike, Preset, documented
+from tav_opt.config import FILLED_IN, EditConfig, Fit, InputError, PathLike, Preset, documented
 from tav_opt.contract import (
     CLIPS_MODEL,
     STARTED_ANEW,
@@ -102,7 +102,7 @@ class Options(TypedDict, total=False):
     """Take every so manieth frame."""
     uniform: bool
     """Spread the frames evenly over the video instead of start and stride."""
-    fit: Literal["crop", "squash"]
+    fit: Fit
     """Centre crop that keeps the aspect, or squash."""
     source_frames: np.ndarray
     """uint8 (f, H, W, 3) RGB to edit in the clip's place."""
@@ -179,7 +179,7 @@ class Exchange:
         left_out = asked.pop("left_out", () if isinstance(edit, EditConfig) else FILLED_IN)
         deadline_s = asked.pop("deadline_s", None)
         sound = asked.pop("sound", None)
-        asked["control_videos"] = _control_videos(config, asked.pop("maps", {}))
+        asked["control_videos"] = control_videos(config, asked.pop("maps", {}))
         if unknown := sorted(set(asked) - SERVED - {"control_videos"}):
             raise InputError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
         exchange = cls(to_tensors(clip, config, left_out=left_out, **asked), retry=retry, deadline_s=deadline_s)
@@ -275,7 +275,7 @@ class Exchange:
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
 
 
-def _control_videos(config: EditConfig, maps: Mapping[str, np.ndarray | bytes]) -> list[bytes]:
+def control_videos(config: EditConfig, maps: Mapping[str, np.ndarray | bytes]) -> list[bytes]:
     """In the order of the edit's controls; frames as files that give them back as they are."""
     names = [one.name for one in config.controls]
     if different := sorted(set(names) ^ set(maps)):

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from tav_opt import video
-from tav_opt.config import ClipConfig, InputError
+from tav_opt.config import ClipConfig, Fit, InputError
 
 
-def read_maps(path: Path, frames: int, height: int, width: int, stride: int | None = None) -> np.ndarray:
+def read_maps(
+    path: Path, frames: int, height: int, width: int, stride: int | None = None, fit: Fit = ClipConfig.fit
+) -> np.ndarray:
     """uint8 (f, H, W, 3): every frame, which must be as many, or every `stride`-th.
 
     Raises InputError as `video.read` does, and where there are more.
     """
-    clip = ClipConfig(video=path, start=0, stride=stride or 1, frames=frames, height=height, width=width)
+    clip = ClipConfig(video=path, start=0, stride=stride or 1, frames=frames, height=height, width=width, fit=fit)
     found = video.read(clip).frames
     if stride is None and _has(path, frames + 1):
         raise InputError(

@@ -237,7 +237,8 @@ class ExportedEngine:
             count = len(begins(max(frames, self.info.frames), self.info.network_frames))
             kept = 2 * prompts * (count + windows) * _bytes(spec.outputs[-1])
         if networks:
-            unets |= {name for name, spec in self.base.added.items() if spec.is_unet and {*spec.further} <= {*added}}
+            told_of = {name: {*spec.further} for name, spec in self.base.added.items() if spec.is_unet and spec.further}
+            unets |= {name for name, further in told_of.items() if further <= added.keys()}
         items = {"text_encoder": MAX_PROMPTS + 1, "vae_decoder": part, "vae_encoder": part * encode}
         items |= dict.fromkeys(networks, part) | dict.fromkeys(unets, 2 * prompts * windows)
         items = {name: count for name, count in items.items() if name in self.calls}  # what is not, is refused

@@ -20,6 +20,7 @@ from tav_opt.config import (
     ClipConfig,
     Count,
     DdimSteps,
+    Fit,
     Index,
     InputError,
     InversionConfig,
@@ -59,7 +60,7 @@ class ExportConfig:
     attention_control: bool = False
     """Add the UNet's graph with attention control to the base, for --keep and the settings beside it."""
     feature_reuse: bool = False
-    """Add two more graphs of the UNet to the base, over the same weights, for --reuse-interval; onnx."""
+    """Add two more graphs of the UNet to the base, over the same weights, for --reuse-interval."""
     networks: tyro.conf.OmitArgPrefixes[NetworkOptions] = field(default_factory=NetworkOptions)
     """What clips on this base may follow maps by; where they were added before, again for another target."""
     half: bool = False
@@ -83,7 +84,7 @@ class ExportConfig:
     uniform: bool = ClipConfig.uniform
     height: Side = ClipConfig.height
     width: Side = ClipConfig.width
-    fit: Literal["crop", "squash"] = ClipConfig.fit
+    fit: Fit = ClipConfig.fit
     inversion_steps: DdimSteps = InversionConfig.steps
     inversion_iterations: Iterations = InversionConfig.iterations
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from tav_opt.config import InputError
+from tav_opt.config import InputError, OnProgress
+from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.export import graphs
 from tav_opt.export.additions import Further
 from tav_opt.export.graphs import Graph
 from tav_opt.files import write_json
-from tav_opt.models import StableDiffusion
 from tav_opt.repository import layout, specs
 from tav_opt.repository.layout import MANIFEST, hashes
 from tav_opt.schemas import BaseManifest
@@ -45,9 +43,13 @@ def lacking(folder: Path, base: Path, given: Iterable[Further]) -> Lacking:
 
 
 def again(
-    names: Iterable[str], base: Path, given: Iterable[Further], sd: StableDiffusion, values: dict[str, Tensor]
+    names: Iterable[str], base: Path, given: Iterable[Further], eager: TorchEngine, own: Iterable[Graph]
 ) -> list[Graph]:
-    """Graphs that were added to a base, of these names, as they were exported: those of `given`, and the UNet's."""
+    """Graphs that were added to a base, of these names, as they were exported: those of `given`, and the UNet's.
+
+    `eager` is a clip in eager PyTorch, `own` are the base's own graphs, of which the UNet has the clip's values.
+    """
+    sd, values = eager.sd, dict(next(graph.values for graph in own if graph.values))
     there, makers = specs.added(base), {one.name: one.make for one in given}
     latents = layout.manifest(base, BaseManifest)["latents"]
     return [
@@ -56,7 +58,7 @@ def again(
     ]
 
 
-def add(folder: Path, base: Path, added: Iterable[Graph], make: Make) -> None:
+def add(folder: Path, base: Path, added: Sequence[Graph], make: Make, on_progress: OnProgress | None = None) -> None:
     """Puts what is made of graphs beside what a folder, whose lock is held, has of the base's own.
 
     It is listed when all of it is there. What `make` raises goes through: then none is.
@@ -64,7 +66,9 @@ def add(folder: Path, base: Path, added: Iterable[Graph], make: Make) -> None:
     told, there = layout.manifest(folder), layout.manifest(base)["added"]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as work:
-        for graph in added:
+        for number, graph in enumerate(added):
+            if on_progress is not None:
+                on_progress(f"add {graph.name}", number, len(added))
             own = Path(work) / graph.name
             own.mkdir()
             said = make(graph, own)

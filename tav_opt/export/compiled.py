@@ -61,11 +61,9 @@ def export(
             _write_own(traced, clip, folder, device, on_graph, on_edit, on_progress)
         if lacking := beside.lacking(folder, exported, further := [*further]).makeable:
             _check_compiler()
-            eager, own = traced()
-            values = dict(next(graph.values for graph in own if graph.values))
             weights = load_tensors(folder / WEIGHTS)
             make = partial(_added, weights=weights, device=device, on_graph=on_graph)
-            beside.add(folder, exported, beside.again(lacking, exported, further, eager.sd, values), make)
+            beside.add(folder, exported, beside.again(lacking, exported, further, *traced()), make, on_progress)
     return folder
 
 

@@ -156,7 +156,7 @@ def unet_variant(
 
 def unet_of(sd: StableDiffusion, values: dict[str, Tensor], spec: GraphSpec) -> Graph:
     """The UNet's graph that an exported base describes."""
-    module = ClipUNet(sd.unet, spec.further)
+    module = ClipUNet(sd.unet, spec.further, gives_features=spec.gives_features)
     return Graph(spec=spec, module=module, values=values, below=len(sd.schedule.alphas_cumprod), kind="unet")
 
 

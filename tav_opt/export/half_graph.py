@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -58,10 +57,8 @@ def export(
         if not folder.is_dir() or onnxruntime.half_does_not_fit(exported) is not None:
             _write_unet(*traced(), clip, folder, on_graph, on_edit, on_progress)
         if lacking := beside.lacking(folder, exported, further := [*further]).makeable:
-            eager, own = traced()
-            values = dict(next(graph.values for graph in own if graph.values))
             make = partial(_added, exported=exported, unet=folder / onnxruntime.HALF_UNET, on_graph=on_graph)
-            beside.add(folder, exported, beside.again(lacking, exported, further, eager.sd, values), make)
+            beside.add(folder, exported, beside.again(lacking, exported, further, *traced()), make, on_progress)
     return folder
 
 
@@ -124,7 +121,7 @@ def _run(path: Path, graph: Graph) -> parity.Run:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         own = Path(folder) / path.name
         for weights in path.parent.glob("*.data"):
-            os.link(weights, own.with_name(weights.name))  # where the copy looks for its weights
+            additions.lend(weights, own.parent)  # where the copy looks for its weights
         model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
         del model.graph.value_info[:]  # types of before the rounding
         onnx.save(rounded(model), own)

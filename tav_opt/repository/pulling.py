@@ -148,14 +148,14 @@ def _fetched(source: _Source, folder: str, manifest: _Manifest, version: Path) -
         fresh, old = (place.with_name(f".{place.name}.{state}") for state in ("fresh", "old"))
         with whole(fresh) as temporary:
             temporary.mkdir()
-            size = len(manifest.content)
-            for name, sha256 in manifest.files.items():
-                if _has(place, name, sha256):
-                    _linked(str(place / name), str(temporary / name))
-                else:
+            lacking = {name: sha256 for name, sha256 in manifest.files.items() if not _has(place, name, sha256)}
+            for name in manifest.files:
+                if name in lacking:
                     source.fetch(folder, name, temporary)
-                    size += (temporary / name).stat().st_size
-            if changed := altered(temporary, manifest.files):
+                else:
+                    _linked(str(place / name), str(temporary / name))
+            size = len(manifest.content) + sum((temporary / name).stat().st_size for name in lacking)
+            if changed := altered(temporary, lacking):
                 raise InputError(f"{folder}/{changed[0]} is not what its manifest says: it was altered, or cut short")
             (temporary / MANIFEST).write_bytes(manifest.content)
             if has_engines and engines.parent == place:

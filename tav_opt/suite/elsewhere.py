@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from tav_opt.config import InputError, first_line
 from tav_opt.files import DiskFull, altered, read_object, whole
+from tav_opt.repository.layout import within
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -87,8 +88,9 @@ class Elsewhere:
                 files.get_file(f"{folder}/{name}/{mark}", str(fresh / mark))
                 hashes = read_object(fresh / mark).get(HASHES) or {}
                 for file in hashes:
-                    (fresh / file).parent.mkdir(parents=True, exist_ok=True)
-                    files.get_file(f"{folder}/{name}/{file}", str(fresh / file))
+                    place = within(fresh, fresh / file)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    files.get_file(f"{folder}/{name}/{file}", str(place))
             if changed := altered(fresh, hashes):
                 raise InputError(f"{self.url}/{name}/{changed[0]} is not what was written: altered, or cut short")
 
@@ -98,6 +100,9 @@ class Elsewhere:
         place = f"{folder}/{name}"
         with self._writing(name):
             before = self._there(place)
+            if mark in before:  # while it is written anew it is not there
+                files.rm_file(f"{place}/{mark}")
+                before.discard(mark)
             for file in sorted(contents(here), key=lambda file: (file == mark, file)):
                 files.makedirs(f"{place}/{file}".rpartition("/")[0], exist_ok=True)
                 files.put_file(str(here / file), f"{place}/{file}")

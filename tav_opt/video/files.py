@@ -11,12 +11,12 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, Literal, TypedDict, Unpack
+from typing import IO, Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from tav_opt.config import ClipConfig, InputError, PathLike
+from tav_opt.config import ClipConfig, Fit, InputError, PathLike
 from tav_opt.files import check_place, whole
 from tav_opt.video import sound as sounds
 from tav_opt.video.containers import FOLDER_FPS, LOCAL, Limits, Shown, images, moving
@@ -52,7 +52,7 @@ class Choice(TypedDict, total=False):
     uniform: bool
     height: int | None
     width: int | None
-    fit: Literal["crop", "squash"]
+    fit: Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class _Choice:
     uniform: bool = False
     height: int | None = None
     width: int | None = None
-    fit: Literal["crop", "squash"] = "crop"
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
         if self.start < 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from tav_opt.config import Fit
 
 Box = tuple[float, float, float, float]
 
@@ -17,7 +18,7 @@ class Shape:
 
     height: int
     width: int
-    fit: Literal["crop", "squash"] = "crop"
+    fit: Fit = "crop"
 
     def taken(self, height: int, width: int) -> Box:
         """The part of a frame (left, top, right, bottom) that is fitted to that size, about the frame's centre."""

@@ -31,19 +31,25 @@ def export(maker: _Maker, traced: Traced, further: list[Further]) -> None:
     if not any(lacking.values()):
         return
     estimate.check_host(maker.exported / "unet.onnx.data")
-    eager, own = traced()
-    values = dict(next(graph.values for graph in own if graph.values))
-    for card, names in lacking.items():
-        if not names:
-            continue
-        needs = maker.check_memory([card], {name: maker.rows_of_added[name] for name in names})
-        made = beside.again(names, maker.exported, further, eager.sd, values)
-        beside.add(maker.folder(card), maker.exported, made, partial(_make, maker, card, needs))
+    rows = {card: {name: maker.rows_of_added[name] for name in names} for card, names in lacking.items() if names}
+    needs = {card: maker.check_memory([card], rows_of_names) for card, rows_of_names in rows.items()}
+    every = list(dict.fromkeys(name for names in rows.values() for name in names))
+    made = {graph.name: graph for graph in beside.again(every, maker.exported, further, *traced())}
+    parities = maker.check_graphs(made)
+    for card, names in rows.items():
+        make = partial(_make, maker, card, needs[card], parities)
+        beside.add(maker.folder(card), maker.exported, [made[name] for name in names], make, maker.on_progress)
 
 
-def _make(maker: _Maker, card: str, needs: Mapping[str, int], graph: Graph, folder: Path) -> dict[str, object]:
+def _make(
+    maker: _Maker,
+    card: str,
+    needs: Mapping[str, int],
+    parities: Mapping[str, dict[str, float]],
+    graph: Graph,
+    folder: Path,
+) -> dict[str, object]:
     """Builds the engines of one graph into a folder; raises ParityError."""
-    parities = maker.check_graphs({graph.name: graph})
     compared: dict[str, dict[str, float]] = {}
     told: dict[str, list[dict[str, Any]]] = {}
     for rows in maker.rows_of_added[graph.name]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +23,7 @@ from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.engines.tensorrt import TensorRtGraphs
 from tav_opt.engines.tensorrt_library import Contract, Library, Target
 from tav_opt.export import graphs, half, layers, parity, whole_edit
-from tav_opt.export.additions import Further
+from tav_opt.export.additions import Further, lend
 from tav_opt.export.graphs import Graph
 from tav_opt.export.rounding import rounded
 from tav_opt.export.tensorrt import added_engines, builder, estimate
@@ -268,7 +267,7 @@ class _Maker:
         onnx.save(half.fixed(source, rows, self._comparable), path)
         for data in self.exported.glob("*.onnx.data"):  # where the copy looks for its weights
             if not (self.work / data.name).exists():
-                os.link(data, self.work / data.name)
+                lend(data, self.work)
         return layers.marked_runner(path, self.work)
 
     def _first_departure(self, graph: Graph, rows: int, runner: layers.Runner) -> str:
