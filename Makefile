@@ -1,7 +1,8 @@
 # Everything happens in .venv; PYTHON names the interpreter it is made with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# --no-compile: Python compiles what is imported, which is a small part of what is installed.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 TRITON_DEFAULT_FP_FUSION=1
 
 .PHONY: demo docs test test-full lint server gpu-wheels clean

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import owned
+import preloaded
 import pytest
 import supervised
 import torch
@@ -158,6 +159,8 @@ class World:
 
     folder: Path
     places: dict[str, str]
+    preloaded: Path
+    """Stands before what is installed."""
     shown: str = ""
 
     def substituted(self, block: Block) -> str:
@@ -167,7 +170,9 @@ class World:
         return code
 
     def shell(self, block: Block) -> str:
+        """Runs it; README's commands are the installed ones, the others' are spared their imports."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = path if block.name.startswith("README") else f"{self.preloaded}:{path}"
         command = ["bash", "-ec", IN_BACKGROUND + self.substituted(block)]
         done = subprocess.run(
             command,
@@ -200,14 +205,15 @@ def world(golden, shallow, tmp_path_factory) -> Iterator[World]:
     video.write(folder / "man-skiing.mp4", random.integers(0, 256, (8, 96, 64, 3), dtype=np.uint8), 12)
     video.write(folder / "other.mp4", random.integers(0, 256, (9, 64, 128, 3), dtype=np.uint8), 10)
     ports = dict(zip(("grpc", "http", "metrics", "api"), map(str, free_ports(4)), strict=True))
-    found = World(folder, {"model": str(shallow), "root": str(ROOT), **ports})
-    try:
-        found.shown = found.shell(BLOCKS[FIRST])
-        yield found
-    finally:
-        for name in ("api.pid", "serve.pid"):
-            if (folder / name).exists():
-                end(int((folder / name).read_text()))
+    with preloaded.commands(tmp_path_factory.mktemp("commands")) as commands:
+        found = World(folder, {"model": str(shallow), "root": str(ROOT), **ports}, commands)
+        try:
+            found.shown = found.shell(BLOCKS[FIRST])
+            yield found
+        finally:
+            for name in ("api.pid", "serve.pid"):
+                if (folder / name).exists():
+                    end(int((folder / name).read_text()))
 
 
 def free_ports(count: int) -> list[int]:

@@ -31,8 +31,8 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
 
 
 @pytest.fixture(scope="module")
-def sd(golden: Path) -> Path:
-    return golden / "reference_checkpoint" / "sd"
+def sd(shallow: Path) -> Path:
+    return shallow
 
 
 def test_the_references_files_say_how_their_clips_are_edited(shared: Path) -> None:

@@ -49,11 +49,15 @@ def short(golden: Path, tmp_path: Path) -> Path:
     return three(golden, tmp_path, 4)
 
 
+NICENESS = {"RAY_worker_niceness": "0"}
+"""Else a busy machine starves workers."""
+
+
 def driver(suite: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """`tav-opt evaluate` as it is run."""
     code = "import sys; from tav_opt.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "evaluate", str(suite), "--out", str(out), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}  # else a busy machine starves workers
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **NICENESS}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
@@ -136,10 +140,12 @@ def test_a_broken_clip_is_reported_by_workers_too(short: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two nodes of one processor each, on this machine."""
     from ray.cluster_utils import Cluster
 
+    for name, value in NICENESS.items():
+        monkeypatch.setenv(name, value)
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     started.second = started.add_node(num_cpus=1)
     started.wait_for_nodes()
