@@ -23,7 +23,7 @@ from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
 from tav_opt.conditions.attention_control import Control
 from tav_opt.config import InputError
-from tav_opt.kernels.group_norm import group_norm
+from tav_opt.kernels.group_norm import group_norm, in_onnx
 from tav_opt.kernels.inputs import on_kernel
 
 
@@ -41,10 +41,10 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm of each frame, as the image model has it, by the kernel of clips of one frame where that runs."""
+    """GroupNorm of each frame, as the image model has it, as clips of one frame where that is a kernel, or a node."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.GroupNorm's own name)
-        if on_kernel(input):
+        if in_onnx() or on_kernel(input):
             return group_norm(input, self.weight, self.bias, 1, self.num_groups, self.eps)
         return super().forward(input)
 
