@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def test_a_graph_is_made_as_simple_as_the_exporter_would(monkeypatch: pytest.Mon
         found.append(Counter(node.op_type for node in onnx.load(path).graph.node))
     ours, theirs, raw = found
     assert ours == theirs and ours.total() < raw.total()
+    assert gc.isenabled()  # which it is not while a graph is traced
 
 
 def test_every_attention_is_one_node(exported: Exported) -> None:
