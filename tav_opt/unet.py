@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers import Transformer2DModel
@@ -23,7 +24,7 @@ from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
 from tav_opt.conditions.attention_control import Control
 from tav_opt.config import InputError
-from tav_opt.kernels.group_norm import group_norm
+from tav_opt.kernels.group_norm import group_norm, in_onnx
 from tav_opt.kernels.inputs import on_kernel
 
 
@@ -41,10 +42,10 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm of each frame, as the image model has it, by the kernel of clips of one frame where that runs."""
+    """GroupNorm of each frame, as the image model has it, as clips of one frame where that is a kernel, or a node."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.GroupNorm's own name)
-        if on_kernel(input):
+        if in_onnx() or on_kernel(input):
             return group_norm(input, self.weight, self.bias, 1, self.num_groups, self.eps)
         return super().forward(input)
 
@@ -82,6 +83,16 @@ class VideoUpsample(Upsample2D):
         """hidden_states (b f) c h w → (b f) c 2h 2w, or c of `output_size`."""
         scale = 2.0 if output_size is None else None
         return self.conv(F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest"))
+
+
+class VideoGEGLU(GEGLU):
+    """diffusers' GEGLU by a product for each half: neither is cut out of a tensor twice as wide, nor copied for it."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """hidden_states … c → … c', Shazeer 2020 (arXiv 2002.05202), section 2."""
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        value, gate = (F.linear(hidden_states, weight, bias) for weight, bias in halves)
+        return value * self.gelu(gate)
 
 
 class VideoUNet(UNet2DConditionModel):
@@ -177,6 +188,8 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
             module.norm.__class__ = FrameGroupNorm
         elif isinstance(module, Upsample2D):
             module.__class__ = VideoUpsample
+        elif isinstance(module, GEGLU):
+            module.__class__ = VideoGEGLU
     unet.conv_norm_out.__class__ = ClipGroupNorm
     unet.__class__ = VideoUNet
     return cast(VideoUNet, unet)

@@ -6,10 +6,9 @@ import tempfile
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from tav_opt.base import weights
@@ -17,6 +16,9 @@ from tav_opt.conditions.condition import DOWN, MID
 from tav_opt.conditions.network_files import check_same, filled, settings_of
 from tav_opt.config import InputError, first_line
 from tav_opt.files import write_json
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel  # whose import brings every kind of ControlNet: a quarter of a second
 
 _SAME = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
 """Settings in which a ControlNet is like the UNet that it was copied from."""
@@ -46,6 +48,8 @@ def load(path: Path, unet: Mapping[str, Any]) -> ControlNetFrames:
 
     Raises InputError where it is none, or one for another base, naming the setting.
     """
+    from diffusers import ControlNetModel
+
     config = settings_of(path, ControlNetModel.__name__)
     if config is None:
         net = _of_single_file(path, unet)
@@ -59,6 +63,8 @@ def load(path: Path, unet: Mapping[str, Any]) -> ControlNetFrames:
 
 def _of_single_file(path: Path, unet: Mapping[str, Any]) -> ControlNetModel:
     """By diffusers' own loader; a ControlNet has the architecture of the UNet that it is for, which no file tells."""
+    from diffusers import ControlNetModel
+
     taken = signature(ControlNetModel.__init__).parameters
     tensors = weights.load_single(path)
     with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):

@@ -11,7 +11,7 @@ import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto
 
 from tav_opt.engines.onnxruntime import load_onnxruntime
-from tav_opt.export import sparse_causal
+from tav_opt.export import clip_norm, sparse_causal
 from tav_opt.export.rounding import cast_to
 
 STATISTICS = ("InstanceNormalization", "Softmax")
@@ -100,15 +100,16 @@ def fixed(path: Path, rows: int, attention: Attention) -> ModelProto:
     del model.functions[:]
     if attention == "plugin":
         _ask_for_plugin(model)
-        return model
-    model.functions.append(sparse_causal.function_body(attention))
+        model.functions.append(clip_norm.function_body("standard"))
+    else:
+        model.functions.extend(one.function_body(attention) for one in (sparse_causal, clip_norm))
     return onnx.inliner.inline_local_functions(model)  # the parsers name a function's nodes alike in every call
 
 
 def _ask_for_plugin(model: ModelProto) -> None:
     """What TensorRT's parser looks a plugin up by, and that it shall be compiled ahead of time."""
     for node in model.graph.node:
-        if node.domain == sparse_causal.DOMAIN:
+        if node.op_type == sparse_causal.NAME:
             extra = {"plugin_namespace": sparse_causal.DOMAIN, "plugin_version": "1", "aot": 1}
             node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in extra.items())
 

@@ -102,10 +102,11 @@ def function_body(body: Body) -> onnx.FunctionProto:
     """)
 
 
-def append_body(model: ir.Model, body: Body) -> None:
-    """Gives the model the function its SparseCausalAttention nodes call, in place."""
-    function = ir.serde.deserialize_function(function_body(body))
-    model.functions[function.identifier()] = function
+def append_body(model: ir.Model, body: Body, *further: onnx.FunctionProto) -> None:
+    """Gives the model the functions that its own nodes call, attention's with such a body, in place."""
+    for proto in (function_body(body), *further):
+        function = ir.serde.deserialize_function(proto)
+        model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = 1
     if body == "onnxruntime":
         model.opset_imports["com.microsoft"] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
@@ -22,12 +23,24 @@ def group_norm(
     """GroupNorm with statistics over all frames of a clip (Tune-A-Video's norms over (c f h w)), then SiLU if asked.
 
     x (b f) c h w → the same shape; weight, bias (c,). On CUDA its channels come last in memory, and so do the result's;
-    an x of another layout is copied. Off CUDA it is standard operators, which every exporter knows. Raises InputError
-    for shapes that do not fit.
+    an x of another layout is copied. In an ONNX graph it is one node, and else off CUDA standard operators, which
+    every exporter knows. Raises InputError for shapes that do not fit.
     """
+    if in_onnx():
+        y = torch.ops.tav_opt.clip_group_norm(x, weight, bias, frames, groups, eps)
+        return F.silu(y) if silu else y
     if on_kernel(x):
         return torch.ops.tav_opt.group_norm(x, weight, bias, frames, groups, eps, silu)[0]
     return naive.group_norm(x, weight, bias, frames, groups, eps, silu=silu)
+
+
+def in_onnx() -> bool:
+    """Whether an ONNX graph is being written."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def _run_node(x: Tensor, weight: Tensor, bias: Tensor, frames: int, groups: int, eps: float) -> Tensor:
+    return naive.group_norm(x, weight, bias, frames, groups, eps).contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, frames: int, groups: int) -> None:
@@ -83,7 +96,13 @@ def _like(x: Tensor) -> Tensor:
 
 
 _op = torch.library.custom_op("tav_opt::group_norm", _run, mutates_args=())
+_node = torch.library.custom_op("tav_opt::clip_group_norm", _run_node, mutates_args=())
 _backward = torch.library.custom_op("tav_opt::group_norm_backward", _run_backward, mutates_args=())
+
+
+@_node.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @_op.register_fake
