@@ -52,18 +52,23 @@ def timed(stage: str, call: Callable[[], Any], *, calls: int = 10, warmup: int =
 
 
 def in_turn(
-    stage: str, runs: Mapping[str, Callable[[], Any]], *, calls: int = 10, warmup: int = 1
+    stage: str,
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    calls: int = 10,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """As `timed`, of several that take turns, so that what else the machine does meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + calls):
         for name, call in runs.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     found = {}
     for name, times in seconds.items():
         p10, median, p90 = np.percentile(times, [10, 50, 90])

@@ -37,7 +37,7 @@ PLAIN = EditConfig(prompts=("a dog is skiing",), steps=3, guidance_scale=3.0)
 FOLLOWED = replace(PLAIN, controls=(Control(name="pose", scale=0.7, end=0.7),))
 KEPT = replace(PLAIN, keep="background", word_weights=("dog:2",))
 MAPS = {"pose": maps_of(FRAMES, SIDE, SIDE, 3)}
-ADDED = {"controlnet_pose", "unet_controlnet", "unet_controlled"}
+ADDED = {"hint_pose", "controlnet_pose", "unet_controlnet", "unet_controlled"}
 FULL, HALF = (0.05, 3), (3.0, 48)
 """How far frames may be from eager PyTorch's, in the mean and at most: as test_engines.py has them."""
 
@@ -99,7 +99,8 @@ def test_an_fp16_base_has_what_was_added_in_fp16_over_its_weights(
 ) -> None:
     folder = onnxruntime.half_folder(exported.base)
     assert main([*command(exported, None), "--half"]) == 0, "of a network, only the graph is known"
-    assert f"{folder.name} is without controlnet_pose: give --controlnet pose=PLACE" in capsys.readouterr().err
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "is without" in line]
+    assert f"{folder.name} is without controlnet_pose: give --controlnet pose=PLACE" in said
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "precision", lambda _base, _device: "fp16")
         with pytest.raises(InputError, match=r"onnxruntime has not controlnet_pose of base .*: export it with --half"):
@@ -152,6 +153,7 @@ def test_engines_of_what_was_added_run_as_the_others_do(
     (folder,) = build.export(plan(), clip(exported), further=further(exported, place))
     told = read_json(folder / "manifest.json")["added"]
     assert {name: sorted(one["files"]) for name, one in told.items()} == {
+        "hint_pose": ["hint_pose-4.engine"],
         "controlnet_pose": ["controlnet_pose-4.engine"],
         "unet_controlnet": ["unet_controlnet-1.engine", "unet_controlnet-2.engine"],
         "unet_controlled": ["unet_controlled-3.engine"],
@@ -196,10 +198,12 @@ def test_programs_of_what_was_added_share_the_unets_weights(compiled: Exported, 
     told = read_json(folder / "manifest.json")["added"]
     assert set(told) == ADDED and all(one["parity"]["error"] <= 1e-3 for one in told.values())
     assert {*told["unet_controlnet"]["files"]} == {"unet_controlnet.pt2"}, "weights of its own"
-    assert {*told["controlnet_pose"]["files"]} == {"controlnet_pose.pt2", "controlnet_pose.safetensors"}
+    for name in ("hint_pose", "controlnet_pose"):
+        assert {*told[name]["files"]} == {f"{name}.pt2", f"{name}.safetensors"}
     engine = opened(compiled, "compiled")
     before = engine.extra_bytes(1, controls=("pose",))
-    assert before > engine.extra_bytes(1) + os.path.getsize(folder / "controlnet_pose.safetensors")
+    own = sum(os.path.getsize(folder / f"{name}.safetensors") for name in ("hint_pose", "controlnet_pose"))
+    assert before > engine.extra_bytes(1) + own
     assert_edits(engine, expected, FULL)
     assert engine.extra_bytes(1, controls=("pose",)) < before, "what is loaded is counted once"
 

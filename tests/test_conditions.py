@@ -301,6 +301,15 @@ def test_networks_of_other_bases_and_other_files_are_refused(
         load_networks(sd, {"pose": places["pose"]}, {"pose": places["depth"]})
     with pytest.raises(InputError, match="neither a directory nor a hub id"):
         load_networks(sd, {"pose": "./nowhere"}, {})
+    settings = {name: value for name, value in sd.unet.config.items() if name in SHARED_WITH_UNET}
+    for case, given, said in (
+        ("quarter", {"conditioning_embedding_out_channels": (8, 8, 16)}, "for another base: it halves maps to 1/4"),
+        ("grey", {"conditioning_channels": 1}, "conditioning_channels 1 is not 3"),
+        ("green", {"controlnet_conditioning_channel_order": "gbr"}, "'gbr' is neither rgb nor bgr"),
+    ):
+        ControlNetModel(**settings, **given).save_pretrained(tmp_path / case)
+        with pytest.raises(InputError, match=said):
+            load_networks(sd, {"pose": tmp_path / case}, {})
     single = places["pose"] / "diffusion_pytorch_model.safetensors"
     (tmp_path / "other.safetensors").write_bytes((places["depth"] / single.name).read_bytes())
     with pytest.raises(InputError, match="is no ControlNet for this base"):
@@ -337,9 +346,34 @@ def test_a_single_file_is_the_same_network(sd: StableDiffusion, tmp_path: Path, 
     given = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 32), torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
         down, mid = net(*given, return_dict=False)
-    made = found.run(**dict(zip(("latents", "timestep", "text", "maps"), given, strict=True)))
+    *others, maps = given
+    made = found.run(**dict(zip(("latents", "timestep", "text"), others, strict=True)), **found.see(maps=maps))
     for name, expected in zip(found.names, (*down, mid), strict=True):
         torch.testing.assert_close(made[name], expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_controlnet_that_reads_blue_first_is_diffusers(sd: StableDiffusion, tmp_path: Path) -> None:
+    settings = {name: value for name, value in sd.unet.config.items() if name in SHARED_WITH_UNET}
+    net = randomised(ControlNetModel(**settings, controlnet_conditioning_channel_order="bgr"), 3)
+    net.save_pretrained(tmp_path)
+    (found,) = load_networks(sd, {"pose": tmp_path}, {}).values()
+    torch.manual_seed(4)
+    latents, text, maps = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 32), torch.rand(1, 3, SIDE, SIDE)
+    expected = net(latents, 301, text, maps).mid_block_res_sample
+    made = found.following(maps, 1.0)(latents[:, :, None], torch.tensor(301), text)
+    torch.testing.assert_close(made[condition.MID][:, 0], expected, atol=1e-5, rtol=1e-4)
+    turned = found.following(maps.flip(1), 1.0)(latents[:, :, None], torch.tensor(301), text)
+    assert (turned[condition.MID][:, 0] - expected).abs().max() > 1e-3
+
+
+def test_a_controlnet_sees_its_maps_once_an_edit(sd: StableDiffusion, places: dict[str, Path]) -> None:
+    engine, seen = _engine(sd, places, 3), []
+    net = engine.networks["pose"]
+    net.module.hint.embedding.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
+    config = EditConfig(prompts=(PROMPT, "a dog"), steps=2, inversion_steps=1, controls=(Control(name="pose"),))
+    editing.edit(engine, config, maps={"pose": _maps("pose", 3)})
+    assert seen == [3], "three frames; not once more for a step, a prompt or guidance"
 
 
 def test_an_adapter_in_a_single_file_says_what_to_give(sd: StableDiffusion, places: dict[str, Path]) -> None:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from controls import maps_of, write_adapter, write_controlnet
 from exported import FRAMES, SIDE, Exported, export_once, open_base
+from safetensors.numpy import load_file
 from served import serving
 
 from tav_opt import cli, editing, video
@@ -65,10 +67,15 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     assert difference.mean() <= 0.05 and difference.max() <= 3, (difference.mean(), difference.max())
 
 
-def test_a_base_has_a_graph_a_network_and_of_the_unet_one_a_set_of_kinds(exported: Exported) -> None:
+def test_a_base_has_a_graph_a_network_and_of_the_unet_one_a_set_of_kinds(
+    exported: Exported, places: dict[str, Path]
+) -> None:
     told = json.loads((exported.base / "manifest.json").read_text())["added"]
     unets = {"unet_controlnet", "unet_adapter", "unet_controlnet_adapter"}
-    assert set(told) == {"controlnet_pose", "adapter_depth", *unets}
+    assert set(told) == {"hint_pose", "controlnet_pose", "adapter_depth", *unets}
+    net = sum(x.nbytes for x in load_file(places["pose"] / "diffusion_pytorch_model.safetensors").values())
+    made = [onnx.load(exported.base / f"{name}.onnx").graph.initializer for name in ("hint_pose", "controlnet_pose")]
+    assert net <= sum(len(one.raw_data) for found in made for one in found) < 1.01 * net, "each weight once"
     assert all([*told[name]["files"]] == [f"{name}.onnx"] for name in unets), "weights of its own"
     assert all(one["parity"]["error"] <= one["parity"]["tolerance"] for one in told.values())
 
@@ -83,7 +90,7 @@ def test_the_exported_edit_follows_maps_as_eager_pytorch_does(engine: ExportedEn
 def test_memory_of_networks_is_counted_before_they_are_loaded(exported: Exported) -> None:
     fresh = ExportedEngine.open(exported.version / "clips" / "first", open_base(exported, "onnxruntime", threads=1))
     plain, both = fresh.extra_bytes(1), fresh.extra_bytes(1, controls=("pose", "depth"))
-    weights = (exported.base / "controlnet_pose.onnx.data").stat().st_size
+    weights = sum((exported.base / f"{kind}_pose.onnx.data").stat().st_size for kind in ("hint", "controlnet"))
     assert both > plain + 3 * (exported.base / "unet.onnx.data").stat().st_size + weights
     assert plain < fresh.extra_bytes(1, controls=("depth",)) < both
     assert both < fresh.extra_bytes(1, controls=("pose", "depth"), frames=2 * FRAMES)
@@ -169,6 +176,29 @@ def test_commands_follow_maps(
     assert "'pose' with attention control" in capsys.readouterr().err
     assert cli.main([*given, "--keep", "background"]) == 2
     assert "'pose' with attention control" in capsys.readouterr().err
+
+
+def test_a_controlnet_of_an_export_before_its_maps_were_seen_apart_is_refused(
+    exported: Exported, places: dict[str, Path]
+) -> None:
+    kept = (exported.base / "manifest.json").read_bytes()
+    told = json.loads(kept)
+    del told["added"]["hint_pose"], told["added"]["controlnet_pose"]["made_of"]["takes"]
+    write_json(exported.base / "manifest.json", told)
+    try:
+        base = open_base(exported, "onnxruntime", threads=1)
+        old = ExportedEngine.open(exported.version / "clips" / "first", base)
+        one = replace(EDIT, controls=(Control(name="depth"),), steps=1, inversion_steps=1)
+        assert editing.edit(old, one, maps={"depth": MAPS["depth"]}).any(), "the others are as they were"
+        with pytest.raises(InputError, match="controlnet_pose of an export that made no hint_pose beside it"):
+            editing.edit(old, EDIT, maps=MAPS)
+        with pytest.raises(InputError, match="has a controlnet_pose that is made of something else"):
+            exporting.export(
+                exported.checkpoint, exported.repository, name="first", controlnets={"pose": places["pose"]}
+            )
+        assert json.loads((exported.base / "manifest.json").read_text()) == told
+    finally:
+        (exported.base / "manifest.json").write_bytes(kept)
 
 
 def test_networks_of_a_name_are_not_replaced(

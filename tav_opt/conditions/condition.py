@@ -17,6 +17,8 @@ DOWN = "down_block_additional_residuals"
 MID = "mid_block_additional_residual"
 INSIDE = "down_intrablock_additional_residuals"
 """Where the UNet takes what is added, by diffusers' names; the parts of a sequence are `name.0`, `name.1`, …"""
+HINT = "hint"
+"""What a ControlNet sees of its maps, by its authors' name."""
 
 
 def is_added(name: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tav_opt.base import weights
-from tav_opt.conditions.condition import DOWN, MID
+from tav_opt.conditions.condition import DOWN, HINT, MID
 from tav_opt.conditions.network_files import check_same, filled, settings_of
 from tav_opt.config import InputError, first_line
 from tav_opt.files import write_json
@@ -24,26 +24,47 @@ _SAME = ("in_channels", "block_out_channels", "layers_per_block", "down_block_ty
 """Settings in which a ControlNet is like the UNet that it was copied from."""
 
 
-class ControlNetFrames(nn.Module):
-    """A ControlNet as a function of frames: what is exported, and what eager PyTorch runs."""
+class Hint(nn.Module):
+    """What a ControlNet sees of its maps, by convolutions down to the latents' size: they know nothing of the step."""
+
+    names = (HINT,)
 
     def __init__(self, net: ControlNetModel) -> None:
         super().__init__()
-        self.net = net
+        self.embedding = net.controlnet_cond_embedding
+        self._bgr = net.config.controlnet_conditioning_channel_order == "bgr"
+
+    def forward(self, maps: Tensor) -> tuple[Tensor]:
+        """maps (n,3,H,W) in 0…1 → (n,c',h,w), to be added to what the first convolution makes of latents (n,c,h,w)."""
+        maps = maps.to(self.embedding.conv_in.weight.dtype)
+        return (self.embedding(maps.flip(1) if self._bgr else maps),)
+
+
+class ControlNetFrames(nn.Module):
+    """A ControlNet as a function of frames: what is exported, and what eager PyTorch runs.
+
+    `hint` is apart: maps stay the same while latents change from step to step.
+    """
+
+    def __init__(self, net: ControlNetModel) -> None:
+        super().__init__()
+        self.hint, self.net = Hint(net), net
+        net.controlnet_cond_embedding = nn.Identity()  # which is given the hint
+        net.register_to_config(controlnet_conditioning_channel_order="rgb")  # as it is: no order of channels
 
     @property
     def names(self) -> tuple[str, ...]:
         return (*(f"{DOWN}.{number}" for number in range(len(self.net.controlnet_down_blocks))), MID)
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, maps: Tensor) -> tuple[Tensor, ...]:
-        """latents (n,c,h,w), timestep (n,), text (n,tokens,width), maps (n,3,H,W) in 0…1 → residuals (n,c',h',w')."""
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, hint: Tensor) -> tuple[Tensor, ...]:
+        """latents (n,c,h,w), timestep (n,), text (n,tokens,width), hint (n,c',h,w) → residuals (n,c',h',w')."""
         dtype = self.net.conv_in.weight.dtype
-        latents, text, maps = (x.to(dtype) for x in (latents, text, maps))
-        down, mid = self.net(latents, timestep, text, maps, return_dict=False)
+        latents, text, hint = (x.to(dtype) for x in (latents, text, hint))
+        down, mid = self.net(latents, timestep, text, hint, return_dict=False)
         return (*down, mid)
 
 
-def load(path: Path, unet: Mapping[str, Any]) -> ControlNetFrames:
+def load(path: Path, unet: Mapping[str, Any], vae_factor: int) -> ControlNetFrames:
     """A ControlNet of a directory or a single file for a UNet of this configuration, on the processor in float32.
 
     Raises InputError where it is none, or one for another base, naming the setting.
@@ -58,7 +79,18 @@ def load(path: Path, unet: Mapping[str, Any]) -> ControlNetFrames:
         if config.get("global_pool_conditions"):
             raise InputError(f"{path}: global_pool_conditions is not supported: it leaves out the text's other half")
         net = filled(ControlNetModel, config, path)
+    _check_maps(path, net.config, vae_factor)
     return ControlNetFrames(net.float().eval().requires_grad_(False))
+
+
+def _check_maps(path: Path, config: Mapping[str, Any], vae_factor: int) -> None:
+    """Raises InputError where it looks at pictures of another kind, or makes hints of another size than latents are."""
+    if (order := config["controlnet_conditioning_channel_order"]) not in ("rgb", "bgr"):
+        raise InputError(f"{path}: controlnet_conditioning_channel_order {str(order)[:60]!r} is neither rgb nor bgr")
+    if (channels := config["conditioning_channels"]) != 3:
+        raise InputError(f"{path}: conditioning_channels {channels!r} is not 3: maps are pictures")
+    if (factor := 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)) != vae_factor:
+        raise InputError(f"{path} is for another base: it halves maps to 1/{factor}, latents are 1/{vae_factor}")
 
 
 def _of_single_file(path: Path, unet: Mapping[str, Any]) -> ControlNetModel:

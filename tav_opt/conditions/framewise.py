@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tav_opt.conditions.condition import Residuals
+from tav_opt.conditions.condition import HINT, Residuals
 from tav_opt.ddim import Timestep, timestep_rows
 
 Run = Callable[..., Mapping[str, Tensor]]
@@ -19,23 +19,27 @@ AT_ONCE = 24
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNet:
-    """A network that looks at its maps, the latents and the text, once a step."""
+    """A network that looks at its maps once an edit; at what it saw, the latents and the text, once a step."""
 
     run: Run
-    """Takes latents (n,c,h,w), timestep (n,), text (n,tokens,width) and maps (n,3,H,W)."""
+    """Takes latents (n,c,h,w), timestep (n,), text (n,tokens,width) and the hint (n,c',h,w)."""
+    see: Run
+    """Takes maps (n,3,H,W), and gives the hint."""
     names: tuple[str, ...]
     at_once: int = AT_ONCE
     module: nn.Module | None = None
     """What is run, where that is in eager PyTorch: its memory is counted."""
 
     def following(self, maps: Tensor, scale: float) -> Residuals:
+        hint = torch.cat([self.see(maps=part)[HINT] for part in maps.split(self.at_once)])  # f c' h w
+
         def residuals(latents: Tensor, timestep: Timestep, text: Tensor) -> dict[str, Tensor]:
             b, _, f, _, _ = latents.shape
             given = {
                 "latents": latents.transpose(1, 2).flatten(0, 1),  # (b f) c h w
                 "timestep": timestep_rows(timestep, latents).repeat_interleave(f),
                 "text": text.repeat_interleave(f, 0),
-                "maps": maps.repeat(b, 1, 1, 1),
+                HINT: hint.repeat(b, 1, 1, 1),
             }
             parts = zip(*(x.split(self.at_once) for x in given.values()), strict=True)
             made = [self.run(**dict(zip(given, part, strict=True))) for part in parts]

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from tav_opt import checkpoint
 from tav_opt.base.textual_inversion import spelt_out
 from tav_opt.checkpoint import Checkpoint
 from tav_opt.clip_folder import ClipFolder
-from tav_opt.conditions.condition import Network
+from tav_opt.conditions.condition import HINT, Network
 from tav_opt.conditions.framewise import Adapter, ControlNet
 from tav_opt.config import ClipConfig, EngineName, InputError, texts
 from tav_opt.contract import MAX_PROMPTS, VERSION, ClipInfo
@@ -277,8 +277,18 @@ class ExportedEngine:
         for graph in there.keys() & self.calls.keys():
             kind, _, name = graph.partition("_")
             names = tuple(output.name for output in there[graph].outputs)
-            found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once)
+            seeing = {"see": partial(self._hint, name)} if kind == "controlnet" else {}
+            found[name] = NETWORKS[kind](run=self.calls[graph], names=names, at_once=self.frames_at_once, **seeing)
         return found
+
+    def _hint(self, name: str, maps: Tensor) -> dict[str, Tensor]:
+        """What a ControlNet sees of maps; raises InputError for one that was exported before there were such graphs."""
+        if (graph := f"{HINT}_{name}") not in self.base.added:
+            raise InputError(
+                f"base {self.base.folder.name} has controlnet_{name} of an export that made no {graph} beside it: "
+                "export it under another name, or to another --repository"
+            )
+        return self.calls[self._made(graph)](maps=maps)
 
     def _made(self, graph: str) -> str:
         if graph not in self.calls:

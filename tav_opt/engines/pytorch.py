@@ -202,8 +202,11 @@ def load_networks(
     if twice := sorted(set(controlnets) & set(adapters)):
         raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
     for name, place in controlnets.items():
-        net = models.placed(controlnet.load(network_files.found(place), sd.unet.config), sd.unet.device, sd.unet.dtype)
-        found[name] = framewise.ControlNet(run=framewise.in_eager(net, net.names), names=net.names, module=net)
+        net = models.placed(
+            controlnet.load(network_files.found(place), sd.unet.config, sd.vae_factor), sd.unet.device, sd.unet.dtype
+        )
+        run, see = (framewise.in_eager(one, one.names) for one in (net, net.hint))
+        found[name] = framewise.ControlNet(run=run, see=see, names=net.names, module=net)
     for name, place in adapters.items():
         adapter = models.placed(
             t2i_adapter.load(network_files.found(place), sd.unet.config, sd.vae_factor), sd.unet.device, sd.unet.dtype

@@ -178,6 +178,7 @@ def _beside(
     """What is made beside the graphs."""
     if plan is None and config.target == "onnx" and not config.half:
         return []
+    from tav_opt.engines.exported import NETWORKS
     from tav_opt.export import beside, compiled, conditions, half_graph
     from tav_opt.repository.layout import base_of
 
@@ -197,7 +198,8 @@ def _beside(
         left = beside.lacking(folder, base_of(clip), further)
         for name in left.unknown:
             kind, _, own = name.partition("_")
-            _say(f"{folder.name} is without {name}: give --{kind} {own}=PLACE again for it")
+            if kind in NETWORKS:  # what else there is of one comes with it
+                _say(f"{folder.name} is without {name}: give --{kind} {own}=PLACE again for it")
         for name in left.makeable:
             _say(f"{folder.name} is without {name}: what was added is not refitted")
     return folders

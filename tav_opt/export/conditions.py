@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tav_opt.conditions import controlnet, network_files, t2i_adapter
-from tav_opt.conditions.condition import DOWN, INSIDE, MID
-from tav_opt.conditions.controlnet import ControlNetFrames
+from tav_opt.conditions.condition import DOWN, HINT, INSIDE, MID
+from tav_opt.conditions.controlnet import ControlNetFrames, Hint
 from tav_opt.conditions.t2i_adapter import AdapterFrames
 from tav_opt.config import InputError, PathLike
 from tav_opt.contract import check_clip_name
@@ -34,32 +34,35 @@ def further(controlnets: Mapping[str, PathLike], adapters: Mapping[str, PathLike
     if twice := sorted(set(controlnets) & set(adapters)):
         raise InputError(f"{twice[0]!r} names a ControlNet and an adapter: each needs a name of its own")
     given = {"controlnet": controlnets, "adapter": adapters}
-    found = [_network(kind, name, place) for kind, places in given.items() for name, place in places.items()]
+    networks = ((kind, name, place) for kind, places in given.items() for name, place in places.items())
+    found = [graph for one in networks for graph in _graphs_of(*one)]
     if not found:
         return []
     there = specs.added(base) if base.exists() else {}
     kinds = [kind for kind in NETWORKS if given[kind] or any(name.startswith(f"{kind}_") for name in there)]
-    _check_names(found, there)
+    _check_names(given, there)
     sets = [chosen for count in range(1, len(kinds) + 1) for chosen in combinations(kinds, count)]
     return [*found, *(Further(name="_".join(("unet", *one)), make=partial(_unet, one)) for one in sets)]
 
 
-def _check_names(found: Sequence[Further], there: Mapping[str, Any]) -> None:
-    for one in found:
-        kind, _, name = one.name.partition("_")
+def _check_names(given: Mapping[str, Mapping[str, PathLike]], there: Mapping[str, Any]) -> None:
+    for kind, places in given.items():
         for other in NETWORKS:
-            if other != kind and f"{other}_{name}" in there:
-                raise InputError(f"the base has {name!r} of another kind: give another name")
+            if other != kind and (taken := sorted(name for name in places if f"{other}_{name}" in there)):
+                raise InputError(f"the base has {taken[0]!r} of another kind: give another name")
 
 
-def _network(kind: str, name: str, place: PathLike) -> Further:
-    path = network_files.found(place)
-    make = {"controlnet": _controlnet, "adapter": _adapter}[kind]
-    return Further(
-        name=f"{kind}_{check_clip_name(name)}",
-        make=partial(make, path, f"{kind}_{name}"),
-        made_of={"weights": network_files.content(path)},
-    )
+def _graphs_of(kind: str, name: str, place: PathLike) -> list[Further]:
+    """Of a network: a ControlNet has one for what it sees of maps, once an edit, and one for a step."""
+    own, path = check_clip_name(name), network_files.found(place)
+    made_of, makes = {"weights": network_files.content(path)}, {"adapter": _adapter}
+    if kind == "controlnet":
+        made_of |= {"takes": HINT}  # a graph of its name once took the maps themselves
+        makes = {kind: _controlnet, HINT: _hint}
+    return [
+        Further(name=f"{one}_{own}", make=partial(make, path, f"{one}_{own}"), made_of=made_of)
+        for one, make in makes.items()
+    ]
 
 
 def _tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
@@ -69,26 +72,44 @@ def _tensor(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
 def _controlnet(
     path: Path, name: str, sd: StableDiffusion, _values: dict[str, Tensor], latents: Sequence[int]
 ) -> Graph:
-    frames, (c, _, h, w) = controlnet.load(path, sd.unet.config), latents
+    frames, (c, _, h, w) = controlnet.load(path, sd.unet.config, sd.vae_factor), latents
     inputs = (
         _tensor("latents", "n", c, h, w),
         _tensor("timestep", "n", dtype="int64"),
         _tensor("text", "n", sd.tokenizer.model_max_length, sd.unet.config.cross_attention_dim),
-        _tensor("maps", "n", 3, h * sd.vae_factor, w * sd.vae_factor),
+        _tensor(HINT, "n", sd.unet.config.block_out_channels[0], h, w),
     )
-    return _graph(name, frames, inputs, len(sd.schedule.alphas_cumprod))
+    return _graph(name, frames, inputs, "unet", below=len(sd.schedule.alphas_cumprod))
+
+
+def _hint(path: Path, name: str, sd: StableDiffusion, _values: dict[str, Tensor], latents: Sequence[int]) -> Graph:
+    seeing = controlnet.load(path, sd.unet.config, sd.vae_factor).hint
+    return _graph(name, seeing, (_maps(sd, latents),), "vae_encoder")
 
 
 def _adapter(path: Path, name: str, sd: StableDiffusion, _values: dict[str, Tensor], latents: Sequence[int]) -> Graph:
-    frames, (_, _, h, w) = t2i_adapter.load(path, sd.unet.config, sd.vae_factor), latents
-    return _graph(name, frames, (_tensor("maps", "n", 3, h * sd.vae_factor, w * sd.vae_factor),), 0)
+    frames = t2i_adapter.load(path, sd.unet.config, sd.vae_factor)
+    return _graph(name, frames, (_maps(sd, latents),), "unet")
+
+
+def _maps(sd: StableDiffusion, latents: Sequence[int]) -> TensorSpec:
+    _, _, h, w = latents
+    return _tensor("maps", "n", 3, h * sd.vae_factor, w * sd.vae_factor)
 
 
 @torch.no_grad()
-def _graph(name: str, frames: ControlNetFrames | AdapterFrames, inputs: tuple[TensorSpec, ...], below: int) -> Graph:
+def _graph(
+    name: str,
+    frames: ControlNetFrames | Hint | AdapterFrames,
+    inputs: tuple[TensorSpec, ...],
+    like: str,
+    *,
+    below: int = 0,
+) -> Graph:
+    """`like`: the base's own graph whose tolerances it has."""
     made = frames(*(torch.zeros(one.fixed(1), dtype=getattr(torch, one.dtype)) for one in inputs))
     outputs = tuple(_tensor(output, "n", *x.shape[1:]) for output, x in zip(frames.names, made, strict=True))
-    return Graph(spec=GraphSpec(name=name, inputs=inputs, outputs=outputs), module=frames, below=below, kind="unet")
+    return Graph(spec=GraphSpec(name=name, inputs=inputs, outputs=outputs), module=frames, below=below, kind=like)
 
 
 def _unet(kinds: Sequence[str], sd: StableDiffusion, values: dict[str, Tensor], latents: Sequence[int]) -> Graph:
