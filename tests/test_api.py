@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -372,22 +369,3 @@ def test_it_speaks_tls_and_other_machines_need_keys(server, tmp_path):
             assert httpx.get(f"{api.url}/models", verify=trusting, headers=header).status_code == 403
         here = {"Origin": "http://localhost:3000"}
         assert httpx.get(f"{api.url}/models", verify=trusting, headers=here).status_code == 200
-
-
-@pytest.mark.full
-def test_nvidias_aiperf_measures_it(api, golden, tmp_path):
-    if (program := shutil.which("aiperf")) is None:
-        pytest.skip("aiperf is not installed")
-    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"text": "{one}"}}\n' for one in ("a panda", "a bear")))
-    asked = [f"--model=first --api-key={KEY} --url={api.url.removesuffix('/v1')} --endpoint-type=video_generation"]
-    tokenizer = golden / "reference_checkpoint" / "sd" / "tokenizer"  # its own is fetched from the net
-    asked += [f"--tokenizer={tokenizer} --custom-dataset-type=single_turn --download-video-content --ui=none"]
-    asked += ["--concurrency=2 --request-count=4 --extra-inputs=num_inference_steps:2 --input-file=prompts.jsonl"]
-    command = [program, "profile", *" ".join(asked).split(), f"--artifact-dir={tmp_path / 'found'}"]
-    # Offline, it takes the tokenizer's path for the name of a repository that it has fetched.
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    (path,) = (tmp_path / "found").rglob("profile_export_aiperf.json")
-    found = json.loads(path.read_text())
-    assert found["request_count"]["avg"] == 4 and not found.get("error_summary")

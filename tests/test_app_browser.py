@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tav_opt.serving.host.server import Server
 pytest.importorskip("gradio", reason="Gradio is not installed (extra app)")
 
 from tav_opt.app.app_config import AppConfig
+from tav_opt.app.backends import names
 from tav_opt.app.page import Page
 
 PROMPT = "a panda is on the beach"
@@ -229,6 +231,12 @@ def test_clips_and_the_servers_health_are_told(tab):
     assert "first" in tab.text("clips") and f"{SIDE}×{SIDE}" in tab.text("clips")
 
 
+def test_the_clips_that_are_offered_are_the_servers_whatever_lies_here(server, tmp_path):
+    (tmp_path / "tune_a_video_stream" / "1").mkdir(parents=True)
+    config = AppConfig(url=server.grpc_url, repository=tmp_path)
+    assert names(config) == ["first"] and names(replace(config, url="localhost:9")) == []
+
+
 def test_behind_a_proxy_it_works_under_the_proxys_path(browser, exported, tmp_path):
     worker = WorkerConfig(cache=tmp_path / "cache")
     folder = tmp_path / "out"
@@ -265,6 +273,8 @@ def test_what_tuning_takes_is_seen_before_it_starts(browser, url, dropped, size)
     tab.set("train-preview_every", 30)
     tab.page.click("#tune")
     tab.page.get_by_text("preview_every 30 needs preview_prompts").wait_for()
+    tab.page.click("#export")
+    tab.page.get_by_text("Choose a run that is done.").wait_for()
     tab.close()
 
 

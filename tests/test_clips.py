@@ -58,6 +58,13 @@ def test_list_says_what_is_there(repository: Path, capsys: pytest.CaptureFixture
         assert part in line
 
 
+def test_a_repository_without_clips_says_so(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips.remove(repository, ("first",))
+    assert main(["clips", "list", "--repository", str(repository)]) == 0
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == f"tav-opt clips: {repository} has none: see --repository and `add`\n"
+
+
 def test_adding_to_a_base_copies_values_only(
     repository: Path, other: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

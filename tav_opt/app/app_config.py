@@ -32,8 +32,8 @@ class AppConfig(Config):
     in_process: bool = False
     """Edit in this process instead, by the server's own editor; how, the last options say."""
     repository: Path = Path("serving/model_repository")
-    """Model repository whose clips are offered, and which tuned clips are exported to; without one, the server's
-    clips are."""
+    """Model repository that tuned clips are exported to, and that sources are shown from; the clips that are offered
+    are the server's, and this one's in process."""
     clips: Clips = ()
     """Clip to offer, and none but those that are named; once per clip."""
     models: Models = ()

@@ -62,17 +62,22 @@ def open_backend(config: AppConfig) -> Backend:
     return InProcess(config) if config.in_process else Remote(config)
 
 
-def names(config: AppConfig) -> list[str]:
-    """Of the clips that are offered: those that were named, or those of the repository, or without one the server's."""
+def served(config: AppConfig) -> list[str] | None:
+    """Names of the clips that were named, or else of those that the server tells of; None where nobody does."""
     if config.clips:
         return list(config.clips)
-    if version_folder(config.repository).is_dir():
-        return [clip.name for clip in exported.clips(config.repository, on_damaged=lambda *_: None)]
-    if config.in_process:
-        return []
-    with Client(config.url, retry=Retry(attempts=1)) as client, suppress(ServerError, InputError):
-        return list(client.clips(deadline_s=5))
-    return []
+    if not config.in_process:
+        with Client(config.url, retry=Retry(attempts=1)) as client, suppress(ServerError, InputError):
+            return list(client.clips(deadline_s=5))
+    return None
+
+
+def names(config: AppConfig) -> list[str]:
+    """Of the clips that are offered: those that the server has, which may be on another repository than the page."""
+    found = served(config)
+    if found is None and version_folder(config.repository).is_dir():
+        found = [clip.name for clip in exported.clips(config.repository, on_damaged=lambda *_: None)]
+    return found or []
 
 
 class Remote:

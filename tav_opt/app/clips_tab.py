@@ -8,11 +8,12 @@ import gradio as gr
 
 from tav_opt.app import markup
 from tav_opt.app.app_config import AppConfig
-from tav_opt.app.backends import Backend
+from tav_opt.app.backends import Backend, served
 from tav_opt.app.edit_tab import AT_ONCE, NO_CLIP
 from tav_opt.client import ServerError
 from tav_opt.config import InputError
 from tav_opt.repository import clips
+from tav_opt.repository.clips import Clip
 from tav_opt.repository.layout import version_folder
 
 HEADS = ("Clip", "Caption", "Frames", "Size", "Frames a second", "Own values", "Base")
@@ -33,33 +34,26 @@ class ClipsTab:
         return markup.health(*self.backend.health()), "".join(self._clips())
 
     def _clips(self) -> Iterator[str]:
-        if self.config.clips:
-            yield self._of_the_server()
-            return
-        if not version_folder(self.config.repository).is_dir():
-            yield markup.note(f"{self.config.repository} is no model repository yet: the first export makes it one.")
-            return
         damaged: list[str] = []
-        found = clips.clips(self.config.repository, on_damaged=lambda name, error: damaged.append(f"{name}: {error}"))
-        rows = [
-            (
-                clip.name,
-                clip.info.prompt,
-                str(clip.info.frames),
-                f"{clip.info.width}×{clip.info.height}",
-                f"{clip.info.fps:g}",
-                f"{clip.size / 1e6:.1f} MB",
-                f"{clip.info.exported_base[:16]}, {clip.base_size / 1e6:.1f} MB",
-            )
-            for clip in found
-        ]
-        yield markup.table(HEADS, rows) if rows else markup.note(NO_CLIP)
+        found: list[Clip] = []
+        folder = self.config.repository
+        if here := version_folder(folder).is_dir():
+            found = clips.clips(folder, on_damaged=lambda name, error: damaged.append(f"{name}: {error}"))
+        names = served(self.config)
+        if names:
+            yield self._of_the_server(names)
+        elif names is None and found:
+            yield markup.table(HEADS, map(_row, found))
+        elif here or names is not None:
+            yield markup.note(NO_CLIP)
+        else:
+            yield markup.note(f"{folder} is no model repository yet: the first export makes it one.")
         yield from map(markup.error, damaged)
 
-    def _of_the_server(self) -> str:
-        """Clips that were named, as the server tells of them."""
+    def _of_the_server(self, names: list[str]) -> str:
+        """As it tells of them."""
         rows, lacking = [], []
-        for name in self.config.clips:
+        for name in names:
             try:
                 clip = self.backend.clip(name)
             except (InputError, ServerError) as error:
@@ -68,3 +62,10 @@ class ClipsTab:
                 size = f"{clip.width}×{clip.height}"
                 rows.append((name, clip.prompt, str(clip.frames), size, f"{clip.fps:g}"))
         return (markup.table(HEADS[:5], rows) if rows else "") + "".join(lacking)
+
+
+def _row(clip: Clip) -> tuple[str, ...]:
+    info = clip.info
+    size, own = f"{info.width}×{info.height}", f"{clip.size / 1e6:.1f} MB"
+    base = f"{info.exported_base[:16]}, {clip.base_size / 1e6:.1f} MB"
+    return clip.name, info.prompt, str(info.frames), size, f"{info.fps:g}", own, base

@@ -96,8 +96,12 @@ class TuneTab:
 
     def exports(self, clip: Any, clips: Callable[[str], Any]) -> None:
         """The export tells the first tab's choice of clips of the new one."""
+
+        def export(run: str | None) -> Iterator[Updates]:  # Gradio looks at the function for what it yields
+            yield from self.export_it(run, clip, clips)
+
         self.export.click(
-            lambda run: self.export_it(run, clip, clips),
+            export,
             self.run,
             [self.exported, clip],
             concurrency_limit=1,

@@ -82,8 +82,10 @@ def run(arguments: Sequence[str]) -> int:
     match args:
         case ListClips():
             damaged = []
-            for clip in clips.clips(args.repository, on_damaged=lambda name, error: damaged.append(f"{name}: {error}")):
-                print(_described(clip))
+            found = clips.clips(args.repository, on_damaged=lambda name, error: damaged.append(f"{name}: {error}"))
+            print(*map(_described, found), sep="\n", end="\n" * bool(found))
+            if not found and not damaged:
+                print(f"tav-opt clips: {args.repository} has none: see --repository and `add`", file=sys.stderr)
             print(*(f"tav-opt clips: {line}" for line in damaged), sep="\n", end="\n" * bool(damaged), file=sys.stderr)
             return 1 if damaged else 0
         case AddClip():
