@@ -17,8 +17,11 @@ from tav_opt import ddim
 from tav_opt.config import InputError, InversionConfig
 from tav_opt.ddim import OnStep, Predict, Schedule, Step, Text
 
-ENOUGH = 2e-3
-"""An answer of the network that changes the latents by less, relative to them, ends a step's iterations."""
+ENOUGH = 4e-3
+"""A step's iterations end where the next is expected to change its noisy end, relative to it, by less than so many √ᾱ:
+on the way back an error is divided by √ᾱ at most, where the network would not see it."""
+TINY = 1e-20
+"""In the place of a length of zero, to divide by."""
 
 
 @torch.no_grad()
@@ -35,8 +38,8 @@ def invert(
 
     Without iterations it is `ddim.invert`, bit for bit. With them the network is asked at the noisy end of each step,
     whose prediction is first taken to go on as in the two steps before, and then up to `config.iterations` more times,
-    as long as its answers change the latents by ENOUGH. Raises InputError for a step that has no inverse,
-    FloatingPointError where the network answers with NaN or infinity.
+    as long as another answer is expected to change the latents by ENOUGH. Raises InputError for a step that has no
+    inverse, FloatingPointError where the network answers with NaN or infinity.
     """
     if not config.iterations:
         return _finite(ddim.invert(predict, latents, text, schedule, config.steps, on_step=on_step))
@@ -55,14 +58,15 @@ def _each_refined(
 ) -> Tensor:
     """As `invert`, with iterations."""
     before: tuple[Tensor, ...] = ()
+    refine = _Refinement(config.iterations)
     for number, timestep, on_device in ddim.each_timestep(schedule, latents, config.steps, upward=True):
-        step = _StepBack.of(schedule, timestep, config.steps)
+        step, enough = _StepBack.of(schedule, timestep, config.steps), ENOUGH * schedule.alpha(timestep) ** 0.5
 
         def ask(noisy: Tensor, on_device: Tensor = on_device) -> Tensor:
             return _finite(predict(noisy, on_device, text))
 
         first = _continued(before) if before else ask(latents)
-        latents, predicted = _refined(ask, step, latents, first, config.iterations)
+        latents, predicted = refine(ask, step, latents, first, enough)
         before = (*before[-1:], predicted)
         clean, _ = ddim.clean_and_noise(latents, predicted, schedule.alpha(timestep), schedule.prediction_type)
         on_step(Step("invert", number, config.steps, latents, clean))
@@ -98,27 +102,52 @@ def _continued(before: tuple[Tensor, ...]) -> Tensor:
     return before[-1] if len(before) == 1 else 2 * before[-1] - before[-2]
 
 
-def _refined(
-    ask: Callable[[Tensor], Tensor], step: _StepBack, clean_end: Tensor, first: Tensor, iterations: int
-) -> tuple[Tensor, Tensor]:
-    """The noisy end of a step, and what the network predicts there: of all that was tried what changed least.
+class _Refinement:
+    """Finds the noisy ends of one inversion's steps by Anderson's acceleration with a memory of one, as AIDI does."""
 
-    Between two answers it is Anderson's acceleration with a memory of one, as in AIDI.
-    """
-    noisy, least, best = step(clean_end, first), float("inf"), (clean_end, first)
-    led_to = change = None
-    for _ in range(iterations + 1):
-        predicted = ask(noisy)
-        led_to_before, change_before = led_to, change
-        led_to = step(clean_end, predicted)
-        change = led_to - noisy
-        if (size := float(change.norm() / led_to.norm().clamp_min(1e-20))) < least:
-            least, best = size, (led_to, predicted)
-        if size < ENOUGH:
-            break
-        noisy = led_to
-        if led_to_before is not None and change_before is not None:
-            turn = (change - change_before).float()
-            share = float((change.float() * turn).sum() / turn.square().sum().clamp_min(1e-20))
-            noisy = led_to - share * (led_to - led_to_before)
-    return best
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+        self._slope = 1.0
+        """How far apart the latest two answers led, over how far apart they were asked for."""
+
+    def __call__(
+        self, ask: Callable[[Tensor], Tensor], step: _StepBack, clean_end: Tensor, first: Tensor, enough: float
+    ) -> tuple[Tensor, Tensor]:
+        """The noisy end of a step, and the prediction that leads from there to its clean end: of all that was tried
+        what another answer is expected to change least."""
+        noisy, least, best, before = step(clean_end, first), float("inf"), (clean_end, first), None
+        for _ in range(self._iterations + 1):
+            predicted = ask(noisy)
+            now = _Tried(noisy, predicted, step(clean_end, predicted) - noisy)
+            if before is not None:
+                self._slope = abs(step.of_predicted / step.of_noisy) * now.slope(before)
+            predicted, left = now.between(before)
+            noisy, before = step(clean_end, predicted), now
+            if (expected := self._slope * float(left.norm() / noisy.norm().clamp_min(TINY))) < least:
+                least, best = expected, (noisy, predicted)
+            if expected <= enough:
+                break
+        return best
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A noisy end that the network was asked for."""
+
+    noisy: Tensor
+    predicted: Tensor
+    change: Tensor
+    """From it to where the prediction leads."""
+
+    def slope(self, other: _Tried) -> float:
+        """How far apart the predictions are, over how far apart the noisy ends are."""
+        return float((self.predicted - other.predicted).norm() / (self.noisy - other.noisy).norm().clamp_min(TINY))
+
+    def between(self, other: _Tried | None) -> tuple[Tensor, Tensor]:
+        """A prediction on the line through both, and what is left there of their changes, the least of that line."""
+        if other is None:
+            return self.predicted, self.change
+        turn = self.change - other.change
+        wide = turn.float()
+        share = float((self.change.float() * wide).sum() / wide.square().sum().clamp_min(TINY))
+        return self.predicted - share * (self.predicted - other.predicted), self.change - share * turn
