@@ -93,3 +93,13 @@ def test_one_that_fits_is_taken(base: Path, things: Path, tmp_path: Path) -> Non
     line = f"edit {things / 'ckpt'} --prompt x --steps 2 --out {tmp_path}/edit.gif"
     assert cli.main([*line.split(), f"--controlnet=pose={things / 'fits'}", f"--control=pose={things / 'maps'}"]) == 0
     assert (tmp_path / "edit.gif").is_file()
+
+
+def test_a_network_that_does_not_fit_is_refused_before_a_graph_is_exported(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--repository={tmp_path}", f"--controlnet=pose={things / 'text'}"]
+    assert cli.main(["export", str(things / "ckpt"), *given]) == 2
+    told = capsys.readouterr()
+    assert "cross_attention_dim is 64" in told.err.splitlines()[-1] and not told.out
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]

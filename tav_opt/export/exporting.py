@@ -146,10 +146,13 @@ def _write_base(
 ) -> None:
     load_onnxruntime()  # before a model is loaded and its first graph is written, which it then compares
     sd, values = _model(tuned, base)
+    shape = graphs.network_shape(tuned.info, tuned.source_latents)
+    for one in further:
+        one.make(sd, values, shape)  # a network that does not fit is refused before the first graph is written
     with whole(exported) as folder:
         folder.mkdir()
         found = {}
-        chosen = graphs.graphs(sd, values, graphs.network_shape(tuned.info, tuned.source_latents))
+        chosen = graphs.graphs(sd, values, shape)
         for number, graph in enumerate(chosen, start=1):
             found[graph.name] = parity.check(graph, parity.in_onnxruntime(graphs.write(graph, folder), graph.spec))
             if on_graph is not None:
