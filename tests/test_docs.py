@@ -86,6 +86,10 @@ NOT_RUN = {
     "helm template edits serving/deploy/chart --set models.existingClaim=clips | kubectl apply -f -": HELM,
     "perf_analyzer -m tune_a_video -u localhost:8001 -i grpc --input-data examples/perf_analyzer.json "
     "--concurrency-range 1:4": "its wheel needs glibc 2.38; test_operating.py sends what it would",
+    "AIPERF_HTTP_VIDEO_POLL_INTERVAL=10 aiperf profile --model demo --url http://localhost:8080 "
+    "--endpoint-type video_generation --tokenizer tav_opt/demo/model/tokenizer --custom-dataset-type single_turn "
+    "--input-file prompts.jsonl --download-video-content --ui none --concurrency 2 --request-count 6 "
+    "--extra-inputs num_inference_steps:5 --extra-inputs guidance_scale:2.5": "minutes; test_api_aiperf.py runs it",
     "python -m tav_opt.export ckpt/ --target tensorrt": "needs a GPU and TensorRT's libraries; test_tensorrt_gpu.py",
     "tav-opt study serve study/ --host 0.0.0.0": "listens until it is told to stop; test_study.py asks it",
     "pip install 'tav-opt[app]'": PAGE,
@@ -482,6 +486,7 @@ CHECKS = {
     "api.md: OpenAI's videos API, sh 1": nothing("api.md: OpenAI's videos API, sh 1"),
     "api.md: OpenAI's videos API, python 1": made_by_openai,
     "api.md: OpenAI's videos API, sh 2": edited_over_http,
+    "api.md: Measured by NVIDIA's aiperf, sh 1": nothing("api.md: Measured by NVIDIA's aiperf, sh 1"),
     "README.md: tav-opt, sh 1": made,
     "README.md: Daily use, python 1": edited("README.md: Daily use, python 1", "frames"),
     "first-edit.md: First edit in five minutes, sh 1": demo_made,
