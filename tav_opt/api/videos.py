@@ -29,9 +29,9 @@ _EDITS = "edits"
 router = APIRouter(prefix="/v1/videos", tags=["videos"], dependencies=[Depends(known_query)])
 
 
-def the_job(request: Request, video_id: Annotated[str, Path()], owner: Owner, service: TheService) -> Job:
+def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService) -> Job:
     """The one of the path; raises Refused where there is none of this owner."""
-    if request.url.path.endswith(f"{router.prefix}/{_EDITS}"):
+    if video_id == _EDITS:
         raise Refused(405, f"{router.prefix}/{_EDITS} is asked by POST", Allow="POST")
     job = service.jobs.get(video_id, owner)
     if job is None:
