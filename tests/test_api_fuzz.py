@@ -155,3 +155,8 @@ def test_a_full_disk_is_told_as_such():
 def test_other_methods_are_told_which_there_are(method, path, allowed):
     answer = TestClient(APP, headers=HEADERS).request(method, f"/v1/videos{path}")
     assert answer.status_code == 405 and set(answer.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize("path", ["/edits/content", "/edits/events", "?after=edits"])
+def test_edits_is_no_video_and_a_route_by_itself_alone(path):
+    assert TestClient(APP, headers=HEADERS).get(f"/v1/videos{path}").status_code == 404

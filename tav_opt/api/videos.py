@@ -31,8 +31,6 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"], dependencies=[Depends(k
 
 def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService) -> Job:
     """The one of the path; raises Refused where there is none of this owner."""
-    if video_id == _EDITS:
-        raise Refused(405, f"{router.prefix}/{_EDITS} is asked by POST", Allow="POST")
     job = service.jobs.get(video_id, owner)
     if job is None:
         raise Refused(404, f"video {video_id[:63]!r} is unknown", "not_found")
@@ -40,6 +38,12 @@ def the_job(video_id: Annotated[str, Path()], owner: Owner, service: TheService)
 
 
 TheJob = Annotated[Job, Depends(the_job)]
+
+
+def _no_edits(video_id: Annotated[str, Path()]) -> None:
+    """Raises Refused for the path of another route, which is no video's."""
+    if video_id == _EDITS:
+        raise Refused(405, f"{router.prefix}/{_EDITS} is asked by POST", Allow="POST")
 
 
 @router.post("", responses=refused_with(404, 413, 415, 429, 503), openapi_extra=asked_by("videos"))
@@ -70,13 +74,13 @@ async def list_videos(
     return Videos(data=page, first_id=ends[0], last_id=ends[1], has_more=len(found) > limit)
 
 
-@router.get("/{video_id}", responses=refused_with(404))
+@router.get("/{video_id}", responses=refused_with(404), dependencies=[Depends(_no_edits)])
 async def retrieve_video(job: TheJob, service: TheService) -> Video:
     """How far a video is."""
     return _told(service, job)
 
 
-@router.delete("/{video_id}", responses=refused_with(404))
+@router.delete("/{video_id}", responses=refused_with(404), dependencies=[Depends(_no_edits)])
 async def delete_video(job: TheJob, service: TheService) -> Deleted:
     """Removes a video; one that is being made is cancelled."""
     await service.runner.remove(job)
