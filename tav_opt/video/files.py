@@ -24,6 +24,7 @@ from tav_opt.video.restoring import Shape
 
 ITU709 = 1  # the number in the H.264 standard for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
+STEADY = "mbtree=0"  # x264's macroblock trees, by AVX-512, are now and then others for the same frames
 GIF_BLOCK = 255
 """Bytes of a comment's sub-block at most."""
 GIF_MAX_FPS = 50.0  # browsers slow down anything faster
@@ -304,7 +305,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str, sound: 
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment:
             container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": "17"})
+        stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": "17", "x264-params": STEADY})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
