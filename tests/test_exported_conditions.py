@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,12 +22,16 @@ from served import serving
 from tav_opt import cli, editing, video
 from tav_opt.client import Client
 from tav_opt.config import Control, EditConfig, InputError, WorkerConfig
+from tav_opt.engines import onnxruntime
 from tav_opt.engines.exported import ExportedEngine
 from tav_opt.engines.pytorch import TorchEngine, open_checkpoint
 from tav_opt.export import exporting
 from tav_opt.export.__main__ import main
 from tav_opt.files import write_json
+from tav_opt.repository import clips
+from tav_opt.serving.failures import UnknownClip
 from tav_opt.serving.host.server import Server
+from tav_opt.serving.resident import Clips
 from tav_opt.video.lossless import encode_mkv
 
 pytestmark = pytest.mark.full
@@ -94,6 +101,32 @@ def test_memory_of_networks_is_counted_before_they_are_loaded(exported: Exported
     assert both > plain + 3 * (exported.base / "unet.onnx.data").stat().st_size + weights
     assert plain < fresh.extra_bytes(1, controls=("depth",)) < both
     assert both < fresh.extra_bytes(1, controls=("pose", "depth"), frames=2 * FRAMES)
+
+
+def test_networks_go_with_their_base(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Path(shutil.copytree(exported.repository, tmp_path / "repository"))
+    opened: dict[str, weakref.ref[Any]] = {}
+    opening = onnxruntime.session
+
+    def session(path: Path, *told: Any, **more: Any) -> Any:
+        made = opening(path, *told, **more)
+        opened[path.stem] = weakref.ref(made)
+        return made
+
+    monkeypatch.setattr(onnxruntime, "session", session)
+    held = Clips(repository / exported.version.relative_to(exported.repository), limit=1 << 30, threads=1)
+    plain = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    assert editing.edit(held.get("first"), replace(EDIT, controls=())).any()
+    assert opened.keys() == plain
+    assert editing.edit(held.get("first"), EDIT, maps=MAPS).any()
+    asked_for = {"hint_pose", "controlnet_pose", "adapter_depth", "unet_controlnet_adapter", "unet_adapter"}
+    assert opened.keys() - plain == asked_for, "the last step is told of the adapter alone"
+    assert all(one() is not None for one in opened.values())
+    clips.remove(repository, "first")
+    with pytest.raises(UnknownClip):
+        held.get("first")
+    gc.collect()
+    assert [name for name, one in opened.items() if one() is not None] == []
 
 
 @pytest.fixture(scope="module")
