@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from common import header, machine
 from crossings import DEMO, EDITS, Source, exported, scores, sources, tuned
@@ -55,6 +56,8 @@ class Frontier:
     """Of each clip, the first ones."""
     eager: bool = False
     """In eager PyTorch, not by the best engine of exported clips."""
+    bfloat16: bool = False
+    """Each also by eager PyTorch in bfloat16, for processors that compute in it."""
     folder: Path = Path("demo-out/quality")
     """Of the tuned clips, as in quality.py."""
     out: Path = Path("benchmarks/results/frontier.json")
@@ -65,9 +68,9 @@ def main(config: Frontier) -> int:
     judge, rows = Judge.open(), dict[str, list[dict[str, float]]]()
     for source in sources():
         if source.name in config.clips:
-            engine = _engine(source, config)
+            engines = _engines(source, config)
             for change in (HELD_OUT if config.held_out else EDITS)[source.name][: config.edits]:
-                for name, found in _measured(engine, judge, source, change, config).items():
+                for name, found in _measured(engines, judge, source, change, config).items():
                     rows.setdefault(name, []).append(found)
                 print(f"{source.name}: {world.prompt(source.edited(change))}", flush=True)
     means = {name: _mean(found) for name, found in rows.items()}
@@ -79,11 +82,12 @@ def main(config: Frontier) -> int:
     return 0
 
 
-def _engine(source: Source, config: Frontier) -> Engine:
-    """Eager PyTorch, or the best engine there is here, of the clip as the demo tunes and exports it."""
-    if config.eager:
-        return load(tuned(source, config.folder / source.name))
-    return load(exported(source, config.folder, further=REUSABLE))
+def _engines(source: Source, config: Frontier) -> dict[str, Engine]:
+    """Eager PyTorch, or the best engine there is here, of the clip as the demo tunes and exports it; by what is added
+    to the settings' names."""
+    checkpoint = tuned(source, config.folder / source.name)
+    own = load(checkpoint if config.eager else exported(source, config.folder, further=REUSABLE))
+    return {"": own} | ({", bfloat16": load(checkpoint, dtype=torch.bfloat16)} if config.bfloat16 else {})
 
 
 def _settings(config: Frontier) -> Iterator[tuple[str, EditConfig]]:
@@ -100,16 +104,16 @@ def _settings(config: Frontier) -> Iterator[tuple[str, EditConfig]]:
 
 
 def _measured(
-    engine: Engine, judge: Judge, source: Source, change: dict[str, str], config: Frontier
+    engines: dict[str, Engine], judge: Judge, source: Source, change: dict[str, str], config: Frontier
 ) -> dict[str, dict[str, float]]:
     prompt, found, exact, whole = world.prompt(source.edited(change)), dict[str, dict[str, float]](), None, 0.0
-    for name, settings in _settings(config):
+    for (more, engine), (name, settings) in itertools.product(engines.items(), [*_settings(config)]):
         began = time.process_time()
         frames = editing.edit(engine, replace(settings, prompts=(prompt,)))[0]
         seconds = time.process_time() - began
         exact, whole = (frames, seconds) if exact is None else (exact, whole)
         costs = {"times as fast": whole / seconds, "PSNR": psnr(exact, frames)}
-        found[name] = costs | scores(judge, frames, source, change)
+        found[name + more] = costs | scores(judge, frames, source, change)
     return found
 
 

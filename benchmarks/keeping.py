@@ -1,7 +1,7 @@
 """What `--keep` keeps of the package's clips, and what it costs: `python benchmarks/keeping.py --help`.
 
-Edits of subjects with and without `--keep background`, and of styles with and without `--keep motion`, judged as in
-quality.py. Exit status 1 where a goal is missed.
+Edits of subjects with and without `--keep background`, and of styles with and without `--keep motion`: those of
+quality.py and the held-out ones of frontier.py, judged as there. Exit status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from common import Figure, header, machine
 from crossings import DEMO, EDITS, Source, background_psnr, exported, scores, sources
+from frontier import HELD_OUT
 from PIL import Image
 
 from tav_opt import command, editing
@@ -86,7 +87,7 @@ def _edited(judge: Judge, source: Source, config: Keeping) -> Iterator[Row]:
     ceiling = background_psnr(engine.decode(engine.source_latents)[0], source)
     sheet, captions = [source.clip.frames], [source.caption]
     plain = replace(DEMO.edit_config(), steps=config.steps, inversion_steps=config.steps)
-    for change in EDITS[source.name]:
+    for change in EDITS[source.name] + HELD_OUT[source.name]:
         keep: Keep | None = {("subject",): "background", ("style",): "motion"}.get(tuple(change))  # type: ignore[assignment]
         if keep not in config.keep:
             continue
