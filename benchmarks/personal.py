@@ -34,8 +34,8 @@ from tav_opt.personalise import dreambooth
 from tav_opt.video import contact_sheet
 
 WORD = "sks octopus"
-"""Its class is a word that the model knows: beside it the untrained model draws all places that are asked for, and only
-half of them beside alien."""
+"""Its class is a word that the model knows: in twelve pictures the untrained model drew all places that were asked for
+beside it, and half of them beside alien."""
 SEEN = ("beach", "night", "city", "desert")
 """Where the four pictures show it; the prompt names none of them, so that they are no part of the subject."""
 OTHERS = tuple(place for place in PLACES if place not in SEEN)
