@@ -64,6 +64,7 @@ class Personal:
             lr=2e-4,
             schedule="cosine",
             batch=2,
+            prior_weight=2.0,
             class_images=96,
             draw_steps=12,
             draw_guidance=5.0,
