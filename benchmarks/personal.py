@@ -21,7 +21,7 @@ from crossings import DEMO, sources
 from PIL import Image
 from quality import PACKAGE, Quality, judge_images, pictures_of
 
-from tav_opt import checkpoint, command, editing, tuning
+from tav_opt import command, editing, tuning
 from tav_opt.config import PersonaliseConfig
 from tav_opt.demo import subjects, world
 from tav_opt.demo.dual_encoder import phrase_of
@@ -73,10 +73,8 @@ class Personal:
     clip: str | None = "chick"
     """The package's clip that is tuned on the new model and edited into it; None: no clip. This one stands upright and
     faces the viewer, as emoji that are faces or figures do."""
-    clip_steps: int = 60
+    tuning_steps: int = 60
     """Of the clip's tuning; the 200 of the demo leave less of the subject."""
-    guidance: float = 2.5
-    """Of the clip's edit, the demo's; more of it draws the subject larger, and less where the source was."""
     others: bool = True
     """Judge the other subjects too, which takes longest; False: only the new one."""
     seeds: int = 1
@@ -100,23 +98,17 @@ def main(config: Personal) -> int:
         class_prompt=_class_prompts(),
     )
     figures = [Figure(name="personalising", value=time.perf_counter() - began, unit="s", goal="", met=True)]
-    parts = [lambda: _subject(judge, config, four, model)]
-    parts += [lambda: _clip(judge, config, four, model)] if config.clip is not None else []
-    parts += [lambda: _others(judge, config, model)] if config.others else []
-    for part in parts:
-        figures += part()
-        _keep(figures, config.out)
+    figures += _subject(judge, config, four, model)
+    if config.clip is not None:
+        figures += _clip(judge, config, four, model)
+    if config.others:
+        figures += _others(judge, config, model)
     print("\n".join(("| figure | measured | goal | met |", "|---|---:|---|---|", *map(str, figures))))
     print(header("\na subject that the package's model did not know"))
+    if config.out is not None:
+        rows = [vars(figure) for figure in figures]
+        write_json(config.out, {"command": " ".join(sys.argv), "machine": machine(), "figures": rows})
     return int(not all(figure.met for figure in figures))
-
-
-def _keep(figures: list[Figure], out: Path | None) -> None:
-    """Writes what was measured so far, so that a run that is cut off leaves its first parts."""
-    if out is not None:
-        write_json(
-            out, {"command": " ".join(sys.argv), "machine": machine(), "figures": [vars(one) for one in figures]}
-        )
 
 
 def _class_prompts() -> list[str]:
@@ -204,11 +196,9 @@ def _clip(judge: Judge, config: Personal, four: np.ndarray, model: Path) -> list
     """A clip of another subject, tuned on the new model and edited into the new subject."""
     (source,) = (source for source in sources() if source.name == config.clip)
     tuned = config.folder / "clip"
-    if not checkpoint.is_checkpoint(tuned):
-        tuning.tune(str(model), source.clip, source.caption, replace(DEMO.train, steps=config.clip_steps), tuned)
+    tuning.tune(str(model), source.clip, source.caption, replace(DEMO.train, steps=config.tuning_steps), tuned)
     prompt = f"a {WORD} {PLACES[source.scene.place][0]}"
-    asked = replace(DEMO, guidance=config.guidance).edit_config(prompt)
-    frames = editing.edit(open_checkpoint(tuned), asked)[0]
+    frames = editing.edit(open_checkpoint(tuned), DEMO.edit_config(prompt))[0]
     sheet = contact_sheet.contact_sheet([source.clip.frames, frames], [source.caption, prompt])
     Image.fromarray(sheet).save(config.folder / "clip.png")
     found, track = _likeness(judge, frames, four), track_correlation(judge.track(frames), source.track)
