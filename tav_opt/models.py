@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tav_opt import checkpoint
+from tav_opt import checkpoint, upsampling
 from tav_opt.base import configuration, weights
 from tav_opt.base.directory import Base, recorded_base, resolve
 from tav_opt.base.image_model import ImageModel, empty, load_strictly, load_unet
@@ -159,6 +159,7 @@ def _loaded(
     if halves := [name for name in halves if weights.is_half(name)]:
         _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
     image = ImageModel.load(base)
+    upsampling.double(image.vae)
     return StableDiffusion(
         base=base,
         unet=placed(unet(base, image), device, dtype),

@@ -16,10 +16,9 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tav_opt import outermost
+from tav_opt import outermost, upsampling
 from tav_opt.attention import VideoTransformerBlock
 from tav_opt.base.configuration import check_unet
 from tav_opt.conditions.attention_control import Control
@@ -70,19 +69,6 @@ class VideoResnetBlock(ResnetBlock2D):
         if isinstance(self.nonlinearity, nn.SiLU):
             return norm.over(x, frames, silu=True)
         return self.nonlinearity(norm.over(x, frames))
-
-
-class VideoUpsample(Upsample2D):
-    """Nearest-neighbour upsampling and a convolution, whatever the batch.
-
-    diffusers looks at the size of the batch here, for a kernel that large ones once broke; an exported graph would hold
-    for batches on one side of that size only.
-    """
-
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *_: Any, **__: Any) -> Tensor:
-        """hidden_states (b f) c h w → (b f) c 2h 2w, or c of `output_size`."""
-        scale = 2.0 if output_size is None else None
-        return self.conv(F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest"))
 
 
 class VideoGEGLU(GEGLU):
@@ -186,10 +172,9 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
             module.norm1.__class__ = module.norm2.__class__ = ClipGroupNorm
         elif isinstance(module, Transformer2DModel):
             module.norm.__class__ = FrameGroupNorm
-        elif isinstance(module, Upsample2D):
-            module.__class__ = VideoUpsample
         elif isinstance(module, GEGLU):
             module.__class__ = VideoGEGLU
+    upsampling.double(unet)
     unet.conv_norm_out.__class__ = ClipGroupNorm
     unet.__class__ = VideoUNet
     return cast(VideoUNet, unet)

@@ -17,7 +17,7 @@ ROWS = (
     ("config",),
     ("files", "command", "progress", "reference", "loopback", "device", "schemas", "served_tensors"),
     ("clip_info",),
-    ("contract", "video", "ddim", "kernels", "base", "plots"),
+    ("contract", "video", "ddim", "kernels", "base", "plots", "upsampling"),
     ("clip_folder",),
     ("attention", "checkpoint", "conditions", "repository", "solvers", "inversion", "blending", "outermost", "reuse"),
     ("unet", "tuning_state", "windows"),

@@ -101,7 +101,8 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert {"exact: eager", "fast: compiled + CUDA graph", "draft: channels-last"} <= {
         row["row"] for row in found["edit"]
     }
-    assert [row["row"] for row in found["step"]][1:4] == ["eager", "channels-last", "+ GroupNorm kernel"]
+    ladder = ["eager", "channels-last", "+ GroupNorm kernel", "+ transposed upsampling"]
+    assert [row["row"] for row in found["step"]][1:5] == ladder
     norms = {row["row"]: row["figures"] for row in found["groupnorm"]}
     assert norms["c 32, 8²: ours"]["error"] == 0, "the naive twin, which a processor takes"
     assert norms["the norms of a guided step"].keys() == {"ours, ms", "PyTorch's, ms", "× PyTorch's"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -30,6 +30,7 @@ from tav_opt.engines.cuda_graph import Replayed
 from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.kernels import naive
 from tav_opt.models import StableDiffusion, encode_prompt
+from tav_opt.upsampling import DoublingUpsample
 
 T = TypeVar("T")
 PEER = "concatenation + SDPA"
@@ -80,12 +81,13 @@ def ways(work: Work, report: Report, *, compile_it: bool = True) -> Iterator[Way
     """Ours, each on top of the one before, then the peers: to be made and used in this order."""
     sd = work.sd
     unet = cache(lambda: compiled_unet(sd, report) if compile_it else channels_last(sd).unet)
-    yield Way(name="eager", ours=True, make=lambda: by_transposed_norms(sd.predict))
-    yield Way(name="channels-last", ours=True, make=lambda: by_transposed_norms(channels_last(sd).predict))
-    yield Way(name="+ GroupNorm kernel", ours=True, make=lambda: channels_last(sd).predict)
+    yield Way(name="eager", ours=True, make=lambda: within(without_norms, sd.predict))
+    yield Way(name="channels-last", ours=True, make=lambda: within(without_norms, channels_last(sd).predict))
+    yield Way(name="+ GroupNorm kernel", ours=True, make=lambda: within(upsampled_first, channels_last(sd).predict))
+    yield Way(name="+ transposed upsampling", ours=True, make=lambda: channels_last(sd).predict)
     yield Way(name="compiled", ours=True, make=lambda: on_plain_tensors(unet()))
     yield Way(name="compiled + CUDA graph", ours=True, make=lambda: Replaying(unet()))
-    yield Way(name=PEER, ours=False, make=lambda: by_concatenation(channels_last(sd).predict))
+    yield Way(name=PEER, ours=False, make=lambda: within(without_kernels, channels_last(sd).predict))
     if not report.dry:  # the same trace again would take half of a dry run's time
         yield Way(name=f"{PEER}, compiled", ours=False, make=lambda: _compiled_anew(sd, report))
 
@@ -121,42 +123,40 @@ def on_plain_tensors(unet: Callable[..., Tensor]) -> Predict:
 
 def _compiled_anew(sd: StableDiffusion, report: Report) -> Predict:
     torch._dynamo.reset()
-    return by_concatenation(on_plain_tensors(compiled_unet(sd, report)))
+    return within(without_kernels, on_plain_tensors(compiled_unet(sd, report)))
 
 
-def by_transposed_norms(predict: Predict) -> Predict:
-    """The same UNet with PyTorch's norms on transposed copies of its clips."""
+def within(context: Callable[[], AbstractContextManager[None]], predict: Predict) -> Predict:
+    """The same UNet with something of it in another way."""
 
     def instead(*arguments: Any) -> Tensor:
-        with without_norms():
+        with context():
             return predict(*arguments)
 
     return instead
 
 
 @contextmanager
+def upsampled_first() -> Iterator[None]:
+    """Upsampling as diffusers does it, before its convolution."""
+    with patch.object(DoublingUpsample, "is_transposed", lambda _: False):
+        yield
+
+
+@contextmanager
 def without_norms() -> Iterator[None]:
-    """Group norms by their naive twin; those of single frames by PyTorch's own."""
+    """The same, and group norms by their naive twin, on transposed copies; those of single frames by PyTorch's own."""
     with (
+        upsampled_first(),
         patch("tav_opt.unet.group_norm", naive.group_norm),
         patch("tav_opt.unet.on_kernel", lambda _: False),
     ):
         yield
 
 
-def by_concatenation(predict: Predict) -> Predict:
-    """The same UNet with 2n keys in memory and PyTorch's own attention, as one has it without kernels."""
-
-    def instead(*arguments: Any) -> Tensor:
-        with without_kernels():
-            return predict(*arguments)
-
-    return instead
-
-
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Both attentions and all norms by their naive twins."""
+    """All that, and both attentions by their naive twins: 2n keys in memory, as one has it without kernels."""
     with (
         without_norms(),
         patch("tav_opt.attention.sparse_causal_attention", naive.sparse_causal_attention),
