@@ -49,19 +49,25 @@ class StableDiffusion:
 
     @torch.no_grad()
     def predict(self, latents: Tensor, timestep: Timestep, text: Text) -> Tensor:
-        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w).
+        """latents (b,c,f,h,w), text (b,tokens,width) → noise or v (b,c,f,h,w), in float32 where the UNet has halves.
 
         A mapping has `text` in it, and what else the UNet is to be told, by the names of `unet.arguments`;
         told of attention control it answers with one channel more, where the blend words look.
         """
         told = {"text": text} if isinstance(text, Tensor) else text
-        return self.unet(latents, timestep_rows(timestep, latents), **arguments(told))
+        return single(self.unet(latents, timestep_rows(timestep, latents), **arguments(told)))
 
     @torch.no_grad()
     def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
         """As `predict`, and the features (b,f,c',h,w) that came to the outermost layers; told of them as `features`,
         `predict` runs those alone."""
-        return self.unet(latents, timestep_rows(timestep, latents), text, gives_features=True)
+        noise, features = self.unet(latents, timestep_rows(timestep, latents), text, gives_features=True)
+        return single(noise), features
+
+
+def single(x: Tensor) -> Tensor:
+    """In float32 at least, as the loop has its latents: what fifty steps add up is not rounded at each."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def load_video_unet(
@@ -194,7 +200,7 @@ def encode_prompt(sd: StableDiffusion, prompts: str | Sequence[str]) -> Tensor:
 def encode_video(
     sd: StableDiffusion, frames: np.ndarray, *, batch: int = 8, generator: torch.Generator | None = None
 ) -> Tensor:
-    """uint8 frames (f, H, W, 3) → scaled latents (1, c, f, h, w), `batch` frames at a time.
+    """uint8 frames (f, H, W, 3) → scaled latents (1, c, f, h, w) as `single` has them, `batch` frames at a time.
 
     The mean of the VAE's posterior; with a generator, a sample of it as the reference takes. Raises InputError when
     the size is not a multiple of the VAE's factor.
@@ -203,7 +209,7 @@ def encode_video(
     parts = [to_unit(frames[first : first + batch]) for first in range(0, len(frames), batch)]
     posteriors = [sd.vae.encode(part.to(sd.vae.device, sd.vae.dtype)).latent_dist for part in parts]
     latents = torch.cat([p.mean if generator is None else p.sample(generator) for p in posteriors])
-    return (latents * sd.vae.config.scaling_factor).transpose(0, 1)[None]  # f c h w → 1 c f h w
+    return (single(latents) * sd.vae.config.scaling_factor).transpose(0, 1)[None]  # f c h w → 1 c f h w
 
 
 @torch.no_grad()

@@ -152,13 +152,6 @@ def _settings(sd: StableDiffusion, clip: Clip, prompt: str, config: TrainConfig)
     }
 
 
-class _Tuning(TorchEngine):
-    """The clip on the model that is being tuned: the loop's latents are float32, whatever the UNet computes in."""
-
-    def predict(self, latents: Tensor, timestep: ddim.Timestep, text: ddim.Text) -> Tensor:
-        return super().predict(latents, timestep, text).float()
-
-
 def _info(
     model: PathLike | BaseConfig, sd: StableDiffusion, settings: dict[str, Any], clip: Clip, edit: dict[str, Any]
 ) -> ClipInfo:
@@ -189,7 +182,7 @@ def _of_shape(shape: Shape) -> dict[str, Any]:
 class _Run:
     """One run of tuning: its parts, the clip and the texts encoded once."""
 
-    engine: _Tuning
+    engine: TorchEngine
     clip: Clip
     config: TrainConfig
     out: Path
@@ -205,8 +198,8 @@ class _Run:
     ) -> _Run:
         # The previews' prompts too: one that is too long is refused now.
         text = models.encode_prompt(sd, [info.prompt, "", *config.preview_prompts]).float()
-        latents = models.encode_video(sd, clip.frames).float()
-        engine = _Tuning(sd=sd, info=info, source_latents=latents, inverted_latents=latents)  # as long as none are
+        latents = models.encode_video(sd, clip.frames)
+        engine = TorchEngine(sd=sd, info=info, source_latents=latents, inverted_latents=latents)  # as long as none are
         return cls(engine=engine, clip=clip, config=config, out=out, on_step=on_step, text=text[:1], empty=text[1:2])
 
     def train(self, training: Training, settings: dict[str, Any]) -> None:
@@ -259,7 +252,7 @@ class _Run:
         (self.out / DESCRIPTION).unlink(missing_ok=True)  # of a run with fewer steps, whose files are replaced now
         checkpoint.save(tuned, self.out, settings)
 
-    def inverted(self, on_step: ddim.OnStep) -> _Tuning:
+    def inverted(self, on_step: ddim.OnStep) -> TorchEngine:
         """The engine with the clip's inversion by the UNet as it is, under the empty prompt."""
         engine = self.engine
         latents = inversion.invert(

@@ -127,3 +127,13 @@ def test_weights_of_another_shape_are_refused(copy):
     (copy / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
     with pytest.raises(InputError, match="do not fit"):
         models.load_video_unet(copy)
+
+
+def test_the_loop_has_float32_around_a_network_of_halves(golden):
+    sd = models.load(golden / "reference_checkpoint" / "sd", dtype=torch.bfloat16)
+    latents = models.encode_video(sd, np.zeros((2, 32, 32, 3), np.uint8))
+    text = models.encode_prompt(sd, [""])
+    noise = sd.predict(latents, 1, text)
+    assert latents.dtype == noise.dtype == torch.float32
+    assert torch.equal(noise, noise.bfloat16()), "the network has not"
+    assert sd.predict_with_features(latents, 1, text)[0].dtype == torch.float32

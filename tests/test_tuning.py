@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tav_opt import checkpoint, ddim, models, tuning, tuning_loop, tuning_state, tuning_step
 from tav_opt.config import InputError, TrainConfig
 from tav_opt.ddim import Schedule
+from tav_opt.engines import pytorch
 from tav_opt.files import read_json
 from tav_opt.memory import eager
 from tav_opt.unet import VideoUNet, clip_value_names, inflate
@@ -257,11 +258,13 @@ def test_the_checkpoint_holds_the_masters(base: str, tmp_path: Path) -> None:
     models.put_values(sd.unet, tuned.values)
 
     def predict(latents: torch.Tensor, timestep: ddim.Timestep, text: torch.Tensor) -> torch.Tensor:
-        return sd.predict(latents, timestep, text).float()
+        return sd.predict(latents, timestep, text)
 
     source = models.encode_video(sd, clip().frames)
     inverted = ddim.invert(predict, source, models.encode_prompt(sd, [""]), sd.schedule, 2)
     assert torch.equal(inverted, tuned.inverted_latents)
+    engine = pytorch.open_checkpoint(tmp_path / "ckpt", dtype=torch.bfloat16)
+    assert torch.equal(engine.inverted_latents, inverted), "edits in halves begin at what was inverted, not rounded"
 
 
 def test_determinism_is_strict_on_gpus_and_ends_with_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,14 +156,13 @@ def open_checkpoint(
     tuned = checkpoint.load(clip)
     sd = models.load(base_of(tuned.info, base), dtype=dtype, device=place)
     networks = load_networks(sd, controlnets, adapters)
-    return engine_on(sd, tuned, place, dtype, source=_source(clip), networks=networks)
+    return engine_on(sd, tuned, place, source=_source(clip), networks=networks)
 
 
 def engine_on(
     sd: models.StableDiffusion,
     tuned: checkpoint.Checkpoint,
     device: torch.device,
-    dtype: torch.dtype,
     *,
     source: ClipConfig | None = None,
     networks: Mapping[str, Network] = MappingProxyType({}),
@@ -177,8 +176,8 @@ def engine_on(
     return TorchEngine(
         sd=sd,
         info=tuned.info,
-        source_latents=tuned.source_latents.to(device, dtype),
-        inverted_latents=tuned.inverted_latents.to(device, dtype),
+        source_latents=models.single(tuned.source_latents.to(device)),
+        inverted_latents=models.single(tuned.inverted_latents.to(device)),
         sound=tuned.sound,
         source=source,
         networks=networks,

@@ -106,7 +106,7 @@ class Workshop:
     def _engine(self, unit: Unit) -> TorchEngine:
         """A tuned clip on its base."""
         tuned = checkpoint.load(self.store.fetched(unit.needs[1]))
-        return engine_on(self._video_model(unit), tuned, self._device, self._dtype)
+        return engine_on(self._video_model(unit), tuned, self._device)
 
     # The units.
 
