@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from tav_opt.config import InputError
@@ -34,6 +37,11 @@ def told(device: torch.device, dtype: torch.dtype) -> str:
     """In words: `cuda:0 (NVIDIA H100) in float16`."""
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return f"{device}{card} in {str(dtype).removeprefix('torch.')}"
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the one that libraries work on which are told of none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Pace:

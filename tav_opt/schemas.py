@@ -138,6 +138,7 @@ class EnginesManifest(Manifest):
     contract: _Contract
     contract_hash: Text
     files: Files
+    needs: Annotated[int, Field(ge=0)] = 0
     added: Mapping[FileName, _Made] = {}
 
 

@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from exported import FRAMES, Exported, export_once, half_unet, untuned_graph
 
 from tav_opt.config import InputError
-from tav_opt.engines import tensorrt_library
+from tav_opt.engines import tensorrt, tensorrt_library
 from tav_opt.export import graphs, half, layers, parity
 from tav_opt.export.__main__ import main
 from tav_opt.export.rounding import rounded
 from tav_opt.export.tensorrt import build, builder, estimate
-from tav_opt.files import sha256
+from tav_opt.files import read_json, sha256
+from tav_opt.repository.layout import info_of
 
 pytest.importorskip("polygraphy")
 
@@ -87,6 +88,21 @@ def test_engines_are_named_and_described(
         assert 0 < found["onnxruntime"] <= parity.HALF_TOLERANCES[name].error
     assert manifest["made_of"] == json.loads((exported.base / "manifest.json").read_text())["files"]
     assert len([path for path in engines.parent.iterdir() if path.is_dir()]) == 2
+
+
+def test_what_engines_work_in_is_counted_before_they_are_opened(
+    engines: Path, rtx: tensorrt_library.Library, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which a server makes room; engines of a build before have their files' sizes alone."""
+    monkeypatch.setattr(tensorrt, "_fitting", lambda *_: (rtx, "sm89"))
+    clip, described = info_of(exported.version / "clips" / "first"), read_json(engines / "manifest.json")
+    files = sum(path.stat().st_size for path in engines.glob("*.engine"))
+    assert described["needs"] > 0
+    for needs, needed in ({}, files), ({"needs": 2 * files}, 2 * files):
+        described.pop("needs", None)
+        monkeypatch.setattr(tensorrt.layout, "manifest", lambda *_, needs=needs: described | needs)
+        monkeypatch.setattr(tensorrt, "find", lambda *_: engines)
+        assert tensorrt.needed_bytes(engines.parents[1], clip, torch.device("cuda")) == needed
 
 
 def test_engines_that_are_there_are_left(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import onnx
 import pytest
 import torch
 from exported import Exported, export_once, write_other
-from tensorrt_stand_in import CARD, CPU, as_if_here, deserialize, library, plan, stand_in
+from tensorrt_stand_in import CARD, CPU, StandIn, as_if_here, deserialize, library, plan, stand_in
 
 from tav_opt.config import InputError
 from tav_opt.engines import tensorrt
@@ -206,3 +208,23 @@ def test_engines_of_other_graphs_are_refused(copied: Path) -> None:
 def test_a_base_without_engines_says_what_builds_them(exported: Exported) -> None:
     with pytest.raises(InputError, match=r"has no engines: .*--target tensorrt-rtx"):
         load(exported.base)
+
+
+def test_engines_are_opened_on_their_own_device(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's library is told of none and takes the current one: of several GPUs, the first."""
+    current, opened = list[torch.device](), list[list[torch.device]]()
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def on_current(path: Path) -> StandIn:
+        opened.append([*current])
+        return deserialize(path)
+
+    monkeypatch.setattr(tensorrt, "current", entered)
+    (base,) = version.glob("base/*")
+    tensorrt.TensorRtGraphs(base, library(), CARD, CPU, on_current)
+    assert opened == [[CPU]] * 5

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tav_opt.config import InputError
 from tav_opt.contract import VERSION, ClipInfo
+from tav_opt.device import current
 from tav_opt.engines import tensorrt_library
 from tav_opt.engines.cuda_graph import Replayed, SharedValues
 from tav_opt.engines.exported import Call, Late, revision_of
@@ -38,7 +39,10 @@ def deserializer(library: Library) -> Deserialize:
     def deserialize(path: Path) -> Any:
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise InputError(f"{path}: {library.target} {library.version} does not read it: export again")
+            raise InputError(
+                f"{path}: {library.target} {library.version} does not read it, or has no GPU memory for it: free some, "
+                "or export again"
+            )
         return engine
 
     return deserialize
@@ -81,6 +85,11 @@ class FixedEngine:
         if not self._context.execute_async_v3(stream):
             raise RuntimeError("the engine did not run: the vendor's log has the reason")
         return self._outputs
+
+    def wait(self) -> None:
+        """Until nothing that was launched is at work any more."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def forget_graph(self) -> None:
         """After other weights were put in."""
@@ -147,6 +156,7 @@ class RefittedValues:
         trt = self._library.trt
         self._clip = None  # a refit that fails half-way leaves nobody's values
         for fixed in self._engines:
+            fixed.wait()  # weights that a launch reads are not to change under it
             refitter = trt.Refitter(fixed.engine, trt.Logger(trt.Logger.ERROR))
             arrays = {name: value.cpu().half().numpy() for name, value in values.items()}
             for name, array in arrays.items():
@@ -198,13 +208,15 @@ class TensorRtGraphs:
         self.lock = threading.Lock()
 
     def _opened(self, paths: Sequence[Path]) -> list[FixedEngine]:
-        return [FixedEngine(self._deserialize(path), self.device, self._buffers) for path in paths]
+        with current(self.device):  # where the vendor's library puts engines; their launches say it by their stream
+            return [FixedEngine(self._deserialize(path), self.device, self._buffers) for path in paths]
 
     @classmethod
     def of(cls, base: Path, _info: ClipInfo, device: torch.device, _threads: int | None = None) -> TensorRtGraphs:
         """The engines for a GPU of this machine, of whichever library has some."""
         library, card = _fitting(base, device)
-        return cls(base, library, card, device, deserializer(library))
+        with current(device):
+            return cls(base, library, card, device, deserializer(library))
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         """The values stay on the device, in fp16."""
@@ -240,9 +252,10 @@ def why_not(base: Path, _info: ClipInfo, device: torch.device) -> str | None:
 
 
 def needed_bytes(base: Path, _info: ClipInfo, device: torch.device) -> int:
-    """What opening the base takes in memory."""
+    """What opening the base takes in memory: its engines and what they work in, as was counted when they were built."""
     library, card = _fitting(base, device)
-    return _weigh(find(base, library, card))
+    engines = find(base, library, card)
+    return max(_weigh(engines), layout.manifest(engines, EnginesManifest).get("needs", 0))
 
 
 def _fitting(base: Path, device: torch.device) -> tuple[Library, str]:

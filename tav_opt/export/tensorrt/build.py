@@ -142,12 +142,12 @@ def _export_own(maker: _Maker, traced: added_engines.Traced) -> None:
     missing = {card: folder for card in maker.plan.cards if not (folder := maker.folder(card)).exists()}
     if missing:
         estimate.check_host(maker.exported / "unet.onnx.data")
-        maker.check_memory(missing, maker.rows)
+        needs = {card: sum(maker.check_memory([card], maker.rows).values()) for card in missing}
         eager, found = traced()
         modules = {graph.name: graph for graph in found}
         parities = maker.check_graphs(modules)
         for card, folder in missing.items():
-            maker.make(card, folder, eager, modules, parities)
+            maker.make(card, folder, eager, modules, parities, needs[card])
 
 
 class _Maker:
@@ -292,6 +292,7 @@ class _Maker:
         eager: TorchEngine,
         modules: dict[str, Graph],
         parities: dict[str, dict[str, float]],
+        needs: int,
     ) -> None:
         """Builds every engine for a card, and compares each, and a whole edit by all, where they run.
 
@@ -306,7 +307,7 @@ class _Maker:
                     file.write_bytes(self.built(name, rows, card))
                     if self.plan.runs_here(card):
                         compared[file.name] = self.compared(modules[name], rows, card, file)
-            manifest = self._engines_manifest(card, temporary, parities, compared)
+            manifest = self._engines_manifest(card, temporary, parities, compared) | {"needs": needs}
             write_json(temporary / MANIFEST, manifest)  # by which they are opened
             write_json(temporary / MANIFEST, manifest | {"edit": self._whole_edit(card, temporary, eager)})
 
