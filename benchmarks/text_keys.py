@@ -1,7 +1,8 @@
-"""What the text's keys and values cost in a step: `python benchmarks/text_keys.py --help`.
+"""What could be saved in projections: `python benchmarks/text_keys.py --help`.
 
-They are the same at every step of an edit. Counted: their share of a guided step's floating-point operations. Timed:
-their share of a step of the demo's model on a processor.
+The text's keys and values are the same at every step of an edit. Counted: their share of a guided step's floating-point
+operations. Timed: their share of a step of the demo's model on a processor; and queries, keys and values of frames by
+one product in place of three.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from common import header, machine
 from diffusers import UNet2DConditionModel
@@ -27,6 +30,8 @@ from tav_opt.files import write_json
 from tav_opt.unet import VideoUNet, inflate
 
 TEXT = ("attn2.to_k", "attn2.to_v")
+PROJECTED = ((48 * 64, 128), (48 * 16, 192), (48 * 256, 320), (48 * 64, 640))
+"""Tokens and widths of two clips of 24 frames: of the demo's model, and of Stable Diffusion's at 128²."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +70,31 @@ def counted_share(unet: VideoUNet, frames: int, side: int) -> float:
 
 @torch.no_grad()
 def timed_share(unet: VideoUNet, frames: int, side: int, calls: int) -> float:
-    """Of the time of a step: medians of both, which take turns."""
+    """Of the time of a step."""
     text = torch.randn(2, 77, unet.config.cross_attention_dim)
-    kinds = (step(unet, frames, side, "cpu"), lambda: [module(text) for module in projections(unet)])
+    return ratio(lambda: [module(text) for module in projections(unet)], step(unet, frames, side, "cpu"), calls)
+
+
+@torch.no_grad()
+def in_one(tokens: int, width: int, calls: int) -> float:
+    """The time of one product for queries, keys and values of so many tokens, over that of three."""
+    x, weights = torch.randn(tokens, width), torch.randn(3, width, width)
+    whole = weights.flatten(0, 1)
+    return ratio(
+        lambda: F.linear(x, whole).chunk(3, -1), lambda: [F.linear(x, weight) for weight in weights], 10 * calls
+    )
+
+
+def ratio(one: Callable[[], Any], other: Callable[[], Any], calls: int) -> float:
+    """Of the process's own seconds: medians of both, which take turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(calls + 1):
-        for run, times in zip(kinds, seconds, strict=True):
-            start = time.perf_counter()
+        for run, times in zip((one, other), seconds, strict=True):
+            start = time.process_time()
             run()
             if number:
-                times.append(time.perf_counter() - start)
-    return float(np.median(seconds[1]) / np.median(seconds[0]))
+                times.append(time.process_time() - start)
+    return float(np.median(seconds[0]) / np.median(seconds[1]))
 
 
 def main(config: TextKeys) -> int:
@@ -89,9 +108,11 @@ def main(config: TextKeys) -> int:
         "of a step's operations, the demo's model, 8 frames of 64²": counted_share(deepcopy(demo).to("meta"), 8, side),
         "of a step's time, the demo's model, 8 frames of 64²": timed_share(demo, 8, side, config.calls),
     }
+    fused = {f"{tokens} tokens of {width}": in_one(tokens, width, config.calls) for tokens, width in PROJECTED}
     print(header("keys and values of the text"))
     print(*(f"{share:.2%} {what}" for what, share in found.items()), sep="\n")
-    write_json(config.out, {"command": " ".join(sys.argv), "machine": machine(), "shares": found})
+    print(*(f"{times:.2f} × the time of three products by one, {what}" for what, times in fused.items()), sep="\n")
+    write_json(config.out, {"command": " ".join(sys.argv), "machine": machine(), "shares": found, "in one": fused})
     return 0
 
 
