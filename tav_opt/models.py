@@ -95,7 +95,7 @@ def load_video_unet(
 
 
 def placed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    """Frozen, on its device; channels come last in its convolutions, which is faster wherever it was measured
+    """Frozen, on its device; channels come last in its convolutions, which was never slower where it was measured
     (benchmarks/memory_format.py)."""
     module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.eval().requires_grad_(False)

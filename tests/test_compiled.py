@@ -129,6 +129,7 @@ class Tiny(nn.Module):
         return self.last(self.norm(self.first(pixels)))
 
 
+@pytest.mark.full
 def test_fp16_is_really_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a processor: a small module, by the same code."""
     monkeypatch.setattr(engine, "precision_of", lambda _device: torch.float16)

@@ -40,7 +40,9 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.skipif(bool(no_server()), reason=no_server() or "the server is here")
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name != "car-turn")) for name in CLIPS]
+)
 def test_real_clips(shared, shallow, out, capsys, name):
     caption, edit = CLIPS[name]
     model, clip = shallow, shared / "clips" / f"{name}.mp4"

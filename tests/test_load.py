@@ -39,6 +39,7 @@ def assert_loaded(found: dict[str, Any]) -> None:
     assert closed["first progress"]["p50"] < closed["latency"]["p50"]
 
 
+@pytest.mark.full
 def test_a_running_server_is_loaded(repository, tmp_path):
     with Server(supervised.on_free_ports(repository)) as server:
         found, shown = load(tmp_path / "load.json", "--url", server.grpc_url, "--clip", CLIP)

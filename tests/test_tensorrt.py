@@ -255,6 +255,7 @@ def test_a_graph_that_no_parser_reads_is_one_line(unet: Path, rtx: tensorrt_libr
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.full
 def test_two_blocks_of_stable_diffusions_widths(rtx: tensorrt_library.Library, tmp_path: Path) -> None:
     """Heads of 40 and 80, text of 768, groups of 32: exported, fp16 within its tolerance, and built for two cards."""
     torch.manual_seed(0)
