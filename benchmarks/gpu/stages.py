@@ -53,7 +53,7 @@ STAGES = (
         name="smoke",
         where="smoke:smoke",
         seconds=90,
-        says="the device, versions, and one launch of each kernel",
+        says="the device, versions, and one launch of each kernel, forward and backward, against float64",
         interpreted=True,
     ),
     Stage(
@@ -66,7 +66,7 @@ STAGES = (
         name="sanitizer",
         where="sanitizer:sanitizer",
         seconds=150,
-        says="compute-sanitizer over one launch of each kernel: memory, and races in shared memory",
+        says="compute-sanitizer over one launch of each kernel, forward and backward: memory, races in shared memory",
         interpreted=True,
     ),
     Stage(
