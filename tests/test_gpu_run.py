@@ -217,6 +217,15 @@ def test_without_a_gpu_a_stage_says_so(gpu: SimpleNamespace, tmp_path: Path) -> 
     assert "PyTorch sees no CUDA GPU here" in found.why
 
 
+def test_golden_data_may_lie_elsewhere(gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable reaches the tests' process, whose fixtures read it."""
+    monkeypatch.setenv("TAV_OPT_TESTS_SHARED", str(tmp_path))
+    environment = gpu.run._environment(gpu.stages.STAGES[1], None, dry=False)
+    code = "import conftest; print(conftest.SHARED)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path), done.stderr
+
+
 def test_wheels_are_there_to_import_from(gpu: SimpleNamespace, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "lacking-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("lacking/__init__.py", "answer = 42")
