@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tav_opt import kernels
 from tav_opt.kernels import autotune, flash_backward, sparse_causal_backward, sparse_causal_kernel, tiles
+from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 from tav_opt.kernels.tiles import Tile
@@ -338,3 +339,19 @@ def test_the_smoke_test_of_a_card_launches_every_kernel(launched, monkeypatch):
     assert {name for name, *_ in launched} == all_kernels()
     lse = ["lse" in given for name, given, _ in launched if name == "sparse_causal_kernel"]
     assert sorted(lse) == [False, True]
+
+
+@pytest.mark.parametrize("graded", [False, True], ids=["forward", "forward-and-backward"])
+def test_kernels_launch_on_the_device_of_their_tensors(launched, graded):
+    """Triton launches on the current device, whichever holds the tensors."""
+    q, k, v = (x.detach().requires_grad_(graded) for x in inputs(1, 3, 5, 1, 16))
+    x = torch.randn(3, 16, 2, 2, requires_grad=graded)
+    weight, bias = (torch.randn(16, requires_grad=graded) for _ in range(2))
+    calls = [(attention, (q, k, v), (3, 1)) for attention in (sparse_causal_attention, temporal_attention)]
+    for function, tensors, sizes in (*calls, (group_norm, (x, weight, bias), (3, 4, 1e-5))):
+        out = function(*tensors, *sizes)
+        if graded:
+            torch.autograd.grad(out.sum(), tensors)
+    forward = {"sparse_causal_kernel", "temporal_kernel", "moments_kernel", "statistics_kernel", "normalize_kernel"}
+    assert {name for name, *_ in launched} == (all_kernels() if graded else forward)
+    assert [name for name, _, guard in launched if guard is None] == []
