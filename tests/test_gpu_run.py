@@ -112,6 +112,10 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert norms["c 32, 8²: ours"]["error"] == 0, "the naive twin, which a processor takes"
     assert norms["the norms of a guided step"].keys() == {"ours, ms", "PyTorch's, ms", "× PyTorch's"}
     assert {"× PyTorch's", "ms"} <= norms["c 64, 8², forward and backward: ours"].keys()
+    tiles = {row["row"]: row["figures"] for row in found["autotune"] if "figures" in row}
+    kernels = {f"{kernel}, n 40, width 16" for kernel in ("forward", "query_gradients", "key_gradients")}
+    assert tiles.keys() == kernels | {"the backward, down to n 40, width 16"}
+    assert tiles["the backward, down to n 40, width 16"].keys() == {"faster", "triton, ms", "flash, ms"}
     tuning = {row["row"]: row["figures"] for row in found["tuning"]}
     assert tuning["gradients against the naive twins'"].keys() == {"error", "frames"}
     assert tuning["500 steps in a row"]["steps"] == 3, "of a dry run"

@@ -65,7 +65,7 @@ STAGES = (
     Stage(
         name="sanitizer",
         where="sanitizer:sanitizer",
-        seconds=150,
+        seconds=170,
         says="compute-sanitizer over one launch of each kernel, forward and backward: memory, races in shared memory",
         interpreted=True,
     ),
@@ -93,7 +93,7 @@ STAGES = (
     Stage(
         name="autotune",
         where="backward:autotune",
-        seconds=400,
+        seconds=540,
         says="every tile of the forward's and the backward's kernels → tiles.json beside the results, to be committed",
         interpreted=True,
     ),
