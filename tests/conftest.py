@@ -12,14 +12,15 @@ import pytest
 import torch
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before a test imports onnxruntime
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.environ.get("TAV_OPT_TESTS_SHARED") or Path(__file__).parents[2] / "shared")
+"""Beside the checkout, unless the variable names another folder."""
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Golden data and real clips, which are not part of a clone."""
     if not SHARED.is_dir():
-        pytest.skip("the folder ../shared with golden data and real clips is absent")
+        pytest.skip(f"the folder {SHARED} with golden data and real clips is absent")
     return SHARED
 
 

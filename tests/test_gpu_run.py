@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -95,6 +96,10 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
             (row,) = (row for row in found[stage.name] if row["row"] == goal.row)
             assert goal.figure in row["figures"], f"{stage.name}: nothing for {goal.row}, {goal.figure}"
             assert row["goals"][goal.figure] == {"goal": str(goal), "met": None}, "a dry run meets no goal"
+    launched = {row["row"] for row in found["smoke"]}
+    for name in ("sparse-causal attention", "temporal attention", "group norm"):
+        assert {name, f"{name}, backward"} <= launched
+    assert [row["figures"]["said"] for row in found["sanitizer"]] == [f"launched {len(launched)}"]
     timed = {row["row"]: row["figures"] for row in found["attention"] if "figures" in row}
     for name in ("ours", "FlexAttention", "two calls and a merge", "concatenation + SDPA", "temporal, ours"):
         assert "ms" in timed[f"f 4, n 128: {name}"], f"{name} was right and is timed"
@@ -107,6 +112,14 @@ def test_a_dry_run_of_all_stages(gpu: SimpleNamespace, tmp_path: Path) -> None:
     assert norms["c 32, 8²: ours"]["error"] == 0, "the naive twin, which a processor takes"
     assert norms["the norms of a guided step"].keys() == {"ours, ms", "PyTorch's, ms", "× PyTorch's"}
     assert {"× PyTorch's", "ms"} <= norms["c 64, 8², forward and backward: ours"].keys()
+    tiles = {row["row"]: row["figures"] for row in found["autotune"] if "figures" in row}
+    kernels = {f"{kernel}, n 40, width 16" for kernel in ("forward", "query_gradients", "key_gradients")}
+    assert tiles.keys() == kernels | {"the backward, down to n 40, width 16"}
+    assert tiles["the backward, down to n 40, width 16"].keys() == {"faster", "triton, ms", "flash, ms"}
+    tuning = {row["row"]: row["figures"] for row in found["tuning"]}
+    assert tuning["gradients against the naive twins'"].keys() == {"error", "frames"}
+    assert tuning["500 steps in a row"]["steps"] == 3, "of a dry run"
+    assert tuning["the best of ours"]["taken"] == "extrapolated from 2 steps"
     with zipfile.ZipFile(tmp_path / "out" / "demo128.zip") as model:
         assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(model.namelist())
     assert {row["left_out"] for row in found["tests"] if "left_out" in row} == {"Skipped: needs a CUDA GPU"}
@@ -208,6 +221,15 @@ def test_without_a_gpu_a_stage_says_so(gpu: SimpleNamespace, tmp_path: Path) -> 
     assert "PyTorch sees no CUDA GPU here" in found.why
 
 
+def test_golden_data_may_lie_elsewhere(gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable reaches the tests' process, whose fixtures read it."""
+    monkeypatch.setenv("TAV_OPT_TESTS_SHARED", str(tmp_path))
+    environment = gpu.run._environment(gpu.stages.STAGES[1], None, dry=False)
+    code = "import conftest; print(conftest.SHARED)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path), done.stderr
+
+
 def test_wheels_are_there_to_import_from(gpu: SimpleNamespace, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "lacking-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("lacking/__init__.py", "answer = 42")
@@ -236,6 +258,51 @@ def test_goals_are_judged(gpu: SimpleNamespace, tmp_path: Path, capsys: pytest.C
     assert first["goals"] == {"ms": {"goal": "≤ 110", "met": True}, "×": {"goal": "≥ 1.5", "met": False}}
     assert second == {"stage": "step", "row": "b", "figures": {"ms": "nan"}}
     assert "× 1.49 (goal ≥ 1.5: NOT met)" in capsys.readouterr().out
+
+
+# Tuning.
+
+
+def test_a_way_to_tune_that_fails_is_its_row_and_keeps_no_model(
+    gpu: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tuning_speed
+    from report import Report
+
+    made, begun = [], tuning_speed.Run.begun
+
+    def one_at_a_time(*arguments: Any, **options: Any) -> Any:
+        assert not any(unet() for unet in made), "the model before is still there"
+        run = begun(*arguments, **options)
+        made.append(weakref.ref(run.sd.unet))
+        return run
+
+    def too_little(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(tuning_speed.Run, "begun", one_at_a_time)
+    monkeypatch.setattr(tuning_speed, "denoising_loss", too_little)
+    real = tuning_speed.train_step
+    monkeypatch.setattr(tuning_speed, "train_step", lambda *given: (too_little if len(made) == 2 else real)(*given))
+    monkeypatch.setattr(tuning_speed, "WAYS", (tuning_speed.WAYS[0], tuning_speed.WAYS[2]))
+    (stage,) = (stage for stage in gpu.stages.STAGES if stage.name == "tuning")
+    tuning_speed.tuning_speed(Report(stage, tmp_path / "results.jsonl", dry=True))
+    compared, eager, checkpointed, whole, best = rows(tmp_path)
+    assert compared["fault"] == eager["fault"] == "OutOfMemoryError: CUDA out of memory"
+    assert checkpointed["figures"]["steps"] == 2 and best["figures"]["by"] == checkpointed["row"]
+    assert whole["figures"]["by"] == checkpointed["row"] and len(made) == 4
+
+
+def test_500_steps_that_would_not_end_in_time_are_extrapolated(gpu: SimpleNamespace, tmp_path: Path) -> None:
+    import tuning_speed
+    from report import RESERVE, Report
+
+    stage = gpu.stages.Stage(name="tuning", where="", seconds=RESERVE + 100, says="")
+    report = Report(stage, tmp_path / "results.jsonl", dry=False)
+    assert 99 < report.left() <= 100
+    assert tuning_speed._whole(report, tuning_speed.WAYS[0], 101.0) is None
+    (row,) = rows(tmp_path)
+    assert row["left_out"].startswith("some 101 s, and ") and row["row"] == "500 steps in a row"
 
 
 # The peers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,9 @@ class Measured:
         pytest.importorskip("triton")
         from tav_opt.kernels import autotune
 
-        self.autotune, self.truth, self.timed = autotune, [torch.ones(4), torch.ones(3)], []
+        self.autotune, self.truth, self.timed, self.said = autotune, [torch.ones(4), torch.ones(3)], [], []
         self.trial = autotune.Trial(self.run, self.truth)
+        self.bench = autotune.Bench(milliseconds=self.milliseconds, say=lambda *said: self.said.append(said))
 
     def run(self, tile: Tile) -> list[Tensor]:
         if tile.queries == 1:
@@ -132,35 +134,95 @@ class Measured:
             raise MemoryError("an illegal memory access was encountered")
         return float(self.timed[-1].queries)
 
+    def fastest(self, *queries: int) -> tuple[Tile, str]:
+        return self.autotune.fastest("forward", self.trial, [Tile(q, 64, 4, 1) for q in queries], self.bench)
 
-def test_autotuning_takes_the_fastest_that_compiles_runs_and_is_right(capsys):
+
+def test_autotuning_takes_the_fastest_that_compiles_runs_and_is_right():
     measured = Measured()
-    candidates = [Tile(queries, 64, 4, 1) for queries in (7, 1, 2, 3, 4, 6, 8)]
-    tile, said = measured.autotune.fastest("forward", measured.trial, candidates, measured.milliseconds)
+    tile, said = measured.fastest(7, 1, 2, 3, 4, 6, 8)
     assert tile.queries == 6 and said.startswith("the fastest of 7, 6.000 ms")
-    lines = capsys.readouterr().err.splitlines()
     reasons = ("PassManager::run failed", "wrong by inf", "wrong by", "illegal memory access")
-    assert len(lines) == 4
-    for line, queries, reason in zip(lines, (1, 2, 3, 4), reasons, strict=True):
-        assert line.startswith(f"forward ({queries}, 64, 4, 1): ") and reason in line
+    assert len(measured.said) == 4
+    for (name, told), queries, reason in zip(measured.said, (1, 2, 3, 4), reasons, strict=True):
+        assert name == f"forward ({queries}, 64, 4, 1)" and reason in told and "\n" not in told
 
 
 def test_autotuning_says_when_nothing_runs():
-    measured = Measured()
-    with pytest.raises(InputError, match="key_gradients: none of 2 tiles"):
-        measured.autotune.fastest(
-            "key_gradients", measured.trial, [Tile(1, 1, 4, 1), Tile(3, 1, 4, 1)], measured.milliseconds
-        )
+    with pytest.raises(InputError, match="none of 2 tiles"):
+        Measured().fastest(1, 3)
 
 
-def test_autotuning_keeps_what_it_has_of_a_kernel_that_never_runs(capsys):
+def test_autotuning_keeps_what_it_has_of_a_kernel_that_never_runs():
     measured = Measured()
     good, bad = measured.trial, measured.trial._replace(run=lambda tile: measured.run(tile._replace(queries=1)))
     tried = measured.autotune.Trials({"forward": bad, "query_gradients": good}, lambda *_: [], lambda: [], [])
-    found = measured.autotune.rows(90, 40, 64, "a card", tried, measured.milliseconds)
+    found = measured.autotune.rows(90, 40, 64, "a card", tried, measured.bench)
     assert set(found) == {"query_gradients"} and found["query_gradients"].reason.endswith("at f = 24 on a card")
     assert max(found["query_gradients"].tile[:2]) <= 64, "no more rows than a frame has tokens"
-    assert "width 40, n 64: forward: none of" in capsys.readouterr().err
+    assert measured.said[-1][0] == "width 40, n 64: forward" and measured.said[-1][1].startswith("none of")
+
+
+def test_autotuning_ends_in_time_and_says_what_it_did_not_try():
+    measured = Measured()
+    measured.bench.left = lambda: 2 - len(measured.timed) / 2  # two calls a candidate
+    tile, said = measured.fastest(7, 6, 5, 8)
+    assert tile.queries == 6 and said.startswith("the fastest of 2 tried of 4, ")
+    assert measured.said == [("forward", "not tried, since the time is used up: (5, 64, 4, 1), (8, 64, 4, 1)")]
+
+
+def lose_the_context(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first tile of four queries, as a GPU does: every later call fails, whatever it is."""
+
+    def synchronize() -> None:
+        if any(tile.queries == 4 for tile in measured.timed):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+def test_autotuning_stops_where_the_context_is_lost(monkeypatch):
+    measured = Measured()
+    lose_the_context(measured, monkeypatch)
+    tile, said = measured.fastest(1, 7, 4, 6)
+    assert tile.queries == 7 and said.startswith("the fastest of 3 tried of 4, ")
+    assert [name for name, _ in measured.said] == ["forward (1, 64, 4, 1)", "forward (4, 64, 4, 1)", "forward"]
+    assert measured.said[1][1].endswith("encountered; the GPU's context is lost with it")
+    lost = "the GPU's context was lost with forward (4, 64, 4, 1)"
+    assert measured.said[2][1] == f"not tried, since {lost}: (6, 64, 4, 1)" and measured.bench.stopped() == lost
+
+
+def test_autotuning_writes_tiles_and_backward_after_every_shape(monkeypatch, tmp_path):
+    """The third shape loses the context amid its backward: the choice stays that of two, its tiles are kept."""
+    measured, path, shapes = Measured(), tmp_path / "tiles.json", ((40, 4096), (80, 1024), (160, 256), (160, 64))
+    autotune, ways = measured.autotune, {"triton": 9, "flash": 8}
+    monkeypatch.setattr(autotune, "CANDIDATES", {kernel: (Tile(7, 16, 4, 1),) for kernel in tiles.KERNELS})
+    lose_the_context(measured, monkeypatch)
+
+    def backward(way: str, n: int) -> list[Tensor]:
+        return measured.run(Tile(4 if n == 256 else ways[way], 0, 0, 0))
+
+    def trials(_width: int, n: int, _device: str) -> Any:
+        ours, flash = (partial(backward, way, n) for way in ways)
+        return autotune.Trials(dict.fromkeys(tiles.KERNELS, measured.trial), lambda *_: ours(), flash, measured.truth)
+
+    monkeypatch.setattr(autotune, "trials", trials)
+    found = []
+    for shape in autotune.tune(shapes, "cpu", "a card", measured.bench, path):
+        found.append(shape)
+        table = tiles.read(path)
+        for kernel in tiles.KERNELS:
+            written = [row[:4] for row in table.tiles[kernel] if row.reason.endswith("on a card")]
+            assert written == [(90, width, n, Tile(7, 16, 4, 1)) for width, n in sorted(shapes[: len(found)])]
+        assert table.backward[90] == shape.faster == "flash"
+        ways["triton"] = 8.5  # over both shapes flash is the faster still
+    assert [dict(shape.backward) for shape in found] == [
+        {"triton": 9, "flash": 8},
+        {"triton": 17.5, "flash": 16},
+        {"triton": 17.5, "flash": 16},
+    ]
+    assert [name for name, _ in measured.said] == ["width 160, n 256: backward triton", "width 160, n 64"]
 
 
 def test_autotuning_replaces_the_rows_it_measured_and_no_others(tmp_path):

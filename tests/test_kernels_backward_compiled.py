@@ -1,4 +1,4 @@
-"""The backward's kernels compiled without a GPU: no spills, matrix instructions, shared memory that a card has."""
+"""The kernels of tuning compiled without a GPU: no spills, matrix instructions, shared memory that a card has."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from test_kernels_compiled import BRAIN, FULL, HALF, SD, SHARED, SINGLE, WIDTHS, instructions, matrix_instruction
 
-from tav_opt.kernels import aot, sparse_causal_backward, temporal_backward, temporal_kernel
+from tav_opt.kernels import aot, sparse_causal_backward, sparse_causal_kernel, temporal_backward, temporal_kernel
 from tav_opt.kernels.inputs import temporal_backward_rows
 from tav_opt.kernels.sparse_causal_kernel import constants
 from tav_opt.kernels.temporal import backward_fits
-from tav_opt.kernels.tiles import Tile, backward_tiles
+from tav_opt.kernels.tiles import Tile, backward_tiles, sparse_causal_tile
 
 POINTERS = {"lse", "delta", "dk_first", "dv_first"}  # always float32
 KERNELS = {
+    "forward": (sparse_causal_kernel.sparse_causal_kernel, ["u64"] * 3 + ["u32"] * 8 + ["u64"] * 2),
     "queries": (sparse_causal_backward.query_gradients_kernel, ["u64"] * 6 + ["u32"] * 8 + ["u64"] * 2),
     "keys": (sparse_causal_backward.key_gradients_kernel, ["u64"] * 6 + ["u32"] * 10 + ["u64"] * 4),
     "temporal": (temporal_backward.temporal_backward_kernel, ["u64"] * 4 + ["u32"] * 7 + ["u64"] * 3),
@@ -74,6 +75,18 @@ def test_sparse_causal(arch, width, n, dtype):
     for name, tile, rows in (("queries", of_queries, of_queries.queries), ("keys", of_keys, of_keys.keys)):
         code = compiled(name, n, width, dtype, arch, constants(width, n, tile), tile)
         check(code, arch, dtype, rows)
+
+
+@pytest.mark.parametrize("arch, width", [(80, 40), (90, 40), (120, 40), (90, 160)])
+def test_the_forward_with_its_log_sum_exp(arch, width):
+    """What each step of tuning launches; TensorRT has the same kernel without that argument."""
+    tile = sparse_causal_tile(arch, SD[width], width, HALF.itemsize)
+    check(
+        compiled("forward", SD[width], width, HALF, arch, constants(width, SD[width], tile), tile),
+        arch,
+        HALF,
+        tile.queries,
+    )
 
 
 @pytest.mark.parametrize(

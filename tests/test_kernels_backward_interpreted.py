@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +22,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from test_kernels_interpreted import BOTH, inputs, poisoned_allocations, products_of_bfloat16  # noqa: F401
+from triton.runtime.interpreter import InterpretedFunction
 
+from tav_opt import kernels
 from tav_opt.kernels import autotune, flash_backward, sparse_causal_backward, sparse_causal_kernel, tiles
+from tav_opt.kernels.group_norm import group_norm
 from tav_opt.kernels.sparse_causal import sparse_causal_attention
 from tav_opt.kernels.temporal import temporal_attention
 from tav_opt.kernels.tiles import Tile
 
 OPS = torch.ops.tav_opt
+ROOT = Path(__file__).parents[1]
 FRAMES, TOKENS, WIDTHS = (1, 2, 3, 5), (1, 17, 32, 33), (8, 40, 80, 160)
 # A Latin square: every pair of values of any two of the three occurs; the batch alternates.
 PAIRWISE = [(1 + (i + j) % 2, FRAMES[i], TOKENS[j], 1, WIDTHS[(i + j) % 4]) for i in range(4) for j in range(4)]
@@ -282,3 +293,65 @@ def test_autotuning_compares_every_kernel_with_the_twin(monkeypatch):
         assert autotune.difference(trial.run(tile), trial.truth) < autotune.ALLOWED / 2
     for results in (tried.ours(tile, tile), tried.flash()):
         assert autotune.difference(results, tried.truth) < autotune.ALLOWED / 2
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[tuple[str, set[str], Tensor | None]]:
+    """Of each launch of a kernel: its name, the names of its arguments that are given, what guards its device."""
+    guards: list[Tensor | None] = [None]
+    found: list[tuple[str, set[str], Tensor | None]] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        guards.append(x)
+        yield
+        guards.pop()
+
+    def run(self, *args: Any, **options: Any) -> None:
+        given = {name for name, value in zip(self.arg_names, args, strict=False) if value is not None}
+        found.append((self.__name__, given, guards[-1]))
+        return real(self, *args, **options)
+
+    real = InterpretedFunction.run
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    return found
+
+
+def all_kernels() -> set[str]:
+    """Of the package; the functions that they are made of are named otherwise."""
+    names = (module.name for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."))
+    values = [value for module in map(importlib.import_module, names) for value in vars(module).values()]
+    jitted = {value.__name__ for value in values if isinstance(value, InterpretedFunction)}
+    return {name for name in jitted if name.endswith("_kernel")}
+
+
+def test_the_smoke_test_of_a_card_launches_every_kernel(launched, monkeypatch):
+    """Those of inference and of tuning; the forward both with and without the log-sum-exp."""
+    for folder in ("benchmarks", "benchmarks/gpu"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    import smoke
+
+    monkeypatch.setattr(smoke, "SMALL", replace(smoke.SMALL, b=1, n=20, heads=1))
+    monkeypatch.setattr(smoke, "SIZES", (smoke.SMALL.frames, 1))
+    wrong = {name: error() for name, _, error in smoke.launches(torch.device("cpu"))}
+    assert max(wrong.values()) < 1, wrong
+    assert {name for name, *_ in launched} == all_kernels()
+    lse = ["lse" in given for name, given, _ in launched if name == "sparse_causal_kernel"]
+    assert sorted(lse) == [False, True]
+
+
+@pytest.mark.parametrize("graded", [False, True], ids=["forward", "forward-and-backward"])
+def test_kernels_launch_on_the_device_of_their_tensors(launched, graded):
+    """Triton launches on the current device, whichever holds the tensors."""
+    q, k, v = (x.detach().requires_grad_(graded) for x in inputs(1, 3, 5, 1, 16))
+    x = torch.randn(3, 16, 2, 2, requires_grad=graded)
+    weight, bias = (torch.randn(16, requires_grad=graded) for _ in range(2))
+    calls = [(attention, (q, k, v), (3, 1)) for attention in (sparse_causal_attention, temporal_attention)]
+    for function, tensors, sizes in (*calls, (group_norm, (x, weight, bias), (3, 4, 1e-5))):
+        out = function(*tensors, *sizes)
+        if graded:
+            torch.autograd.grad(out.sum(), tensors)
+    forward = {"sparse_causal_kernel", "temporal_kernel", "moments_kernel", "statistics_kernel", "normalize_kernel"}
+    assert {name for name, *_ in launched} == (all_kernels() if graded else forward)
+    assert [name for name, _, guard in launched if guard is None] == []

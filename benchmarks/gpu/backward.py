@@ -13,6 +13,8 @@ from tav_opt.config import first_line
 
 DRY = ((16, 40),)
 """Head width and tokens."""
+CONTEXT = "the GPU's context"
+"""Without which nothing runs in this process."""
 
 
 def backward(report: Report) -> None:
@@ -28,6 +30,9 @@ def backward(report: Report) -> None:
                 wrong = autotune.difference(run(), tried.truth)
             except Exception as refused:  # of as many kinds as drivers have
                 report.fault(row, f"{type(refused).__name__}: {first_line(refused)[:200]}")
+                if autotune.context_lost():
+                    report.fault(CONTEXT, f"lost with {row}: nothing is tried after it")
+                    return
                 continue
             if wrong >= autotune.ALLOWED:
                 report.fault(row, f"wrong by {wrong:.1e}, {autotune.ALLOWED:.1e} is allowed: not timed")
@@ -37,16 +42,19 @@ def backward(report: Report) -> None:
 
 def autotune(report: Report) -> None:
     """The fastest right tile of each kernel and shape, in a table beside the results."""
-    from tav_opt.kernels import autotune, tiles
+    from tav_opt.kernels import autotune
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor"
     timed = lambda call: measure(call).median * 1e3  # noqa: E731
-    table = autotune.tune(_shapes(report), str(report.device), card, timed, report.beside("tiles.json"))
-    for kernel, rows in table.tiles.items():
-        for row in rows:
-            if row not in tiles.TABLE.tiles[kernel]:
-                report.row(f"{kernel}, n {row.n}, width {row.width}", tile=str(tuple(row.tile)), measured=row.reason)
-    report.row("the faster backward", **{str(arch): name for arch, name in table.backward.items()})
+    bench = autotune.Bench(milliseconds=timed, left=report.left, say=report.left_out)
+    for shape in autotune.tune(_shapes(report), str(report.device), card, bench, report.beside("tiles.json")):
+        at = f"n {shape.n}, width {shape.width}"
+        for kernel, row in shape.rows.items():
+            report.row(f"{kernel}, {at}", tile=str(tuple(row.tile)), measured=row.reason)
+        times = {f"{name}, ms": milliseconds for name, milliseconds in shape.backward.items()}
+        report.figures(f"the backward, down to {at}", {"faster": shape.faster} | times)
+    if bench.lost:
+        report.fault(CONTEXT, f"lost with {bench.lost}")
 
 
 def _shapes(report: Report) -> Sequence[tuple[int, int]]:

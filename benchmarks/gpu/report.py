@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from stages import Goal, Stage
+
+RESERVE = 45
+"""Seconds of a stage's limit: to start its process and import PyTorch, and to end what it has begun."""
 
 
 class Report:
@@ -22,6 +26,11 @@ class Report:
         self.dtype = torch.float32 if dry else torch.float16
         self.faults = 0
         self._stage, self._results = stage, results
+        self._ends = time.monotonic() + stage.seconds - RESERVE
+
+    def left(self) -> float:
+        """Seconds in which something may still run; what would take longer is not begun, and that is said."""
+        return self._ends - time.monotonic()
 
     def beside(self, name: str) -> Path:
         """A file beside the results."""

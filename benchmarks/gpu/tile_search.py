@@ -31,6 +31,9 @@ def tile_search(report: Report) -> None:
 
     shapes = (DRY_SHAPE,) if report.dry else tuple(shape for shape in SD15 if shape.frames == 24)
     for shape in shapes:
+        if report.left() <= 0:
+            report.left_out(title(shape), "not tried, since the time is used up")
+            continue
         now = sparse_causal_tile(architecture(torch.empty(0, device=report.device)), shape.n, shape.width, 2)
         tiles = [now] + [tile for tile in CANDIDATES["forward"] if tile.queries <= max(64, shape.n) and tile != now]
         _one_shape(report, shape, DRY_TILES if report.dry else tiles)

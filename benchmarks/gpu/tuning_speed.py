@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ GRADIENT_ERROR = {torch.float16: 0.05, torch.float32: 1e-3}
 """What gradients by our kernels may differ from those by the naive twins, in root mean squares over all of them."""
 LOSS_SCALE = 1024.0
 """Of the compared gradients: those of halves would be lost below it."""
+COMPARED, COMPARED_FRAMES = "gradients against the naive twins'", 4
+WHOLE = f"{STEPS} steps in a row"
 REPEATED = 30
 
 
@@ -47,11 +49,13 @@ class Run:
     draw: Draw
 
     @classmethod
-    def begun(cls, device: torch.device, dtype: torch.dtype, *, small: bool, checkpointing: bool = False) -> Run:
+    def begun(
+        cls, device: torch.device, dtype: torch.dtype, *, small: bool, checkpointing: bool = False, frames: int = 0
+    ) -> Run:
         """The same at every call on one kind of device: weights, clip, caption and noise are seeded."""
         sd = sd15.stable_diffusion(device, dtype, small=small)
         config = TrainConfig(gradient_checkpointing=checkpointing)
-        side, frames = sd.unet.config.sample_size, 3 if small else 24
+        side, frames = sd.unet.config.sample_size, frames or (3 if small else 24)
         latents = torch.randn(1, 4, frames, side, side, device=device)
         text = models.encode_prompt(sd, "a moving thing").float()
         training = begin(sd.unet, config)
@@ -71,54 +75,104 @@ class Run:
         return torch.cat([gradient.flatten().float() for gradient in found])
 
 
-Around = Callable[[], AbstractContextManager[Any]]
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to tune."""
+
+    name: str
+    last: bool = True
+    """Whether the channels of convolutions come last."""
+    checkpointing: bool = False
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+WAYS = (
+    Way(name="eager", last=False),
+    Way(name="channels-last"),
+    Way(name="channels-last, gradient checkpointing", checkpointing=True),
+    Way(name=PEER, around=without_kernels),
+)
 
 
 def tuning_speed(report: Report) -> None:
-    """Gradients against the naive twins' first, then the time and memory of each way."""
-    kernels: dict[str, tuple[bool, bool, Around]] = {
-        "eager": (False, False, nullcontext),
-        "channels-last": (True, False, nullcontext),
-        "channels-last, gradient checkpointing": (True, True, nullcontext),
-        PEER: (True, False, without_kernels),
-    }
-    found: dict[str, float] = {}
-    _check_gradients(report)
-    for name, (last, checkpointing, around) in kernels.items():
-        reset_peak()
-        try:
-            run = Run.begun(report.device, report.dtype, small=report.dry, checkpointing=checkpointing)
-            if last:
-                channels_last(run.sd)
-            with around(), deterministic():
-                times, losses = _timed_steps(run, report.dry)
-        except Exception as error:  # too little memory, most likely
-            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
-            (report.left_out if name == PEER else report.fault)(name, reason)
-            continue
-        p10, median, p90 = np.percentile(times, [10, 50, 90])
-        found[name] = STEPS * float(median)
-        figures = {"s a step": float(median), "p10 s": float(p10), "p90 s": float(p90), "steps": len(times)}
-        report.figures(name, figures | {"last loss": losses[-1], "peak GiB": peak_gib()})
-        del run
-    best(report, "the best of ours", f"seconds for {STEPS} steps, extrapolated", found)
+    """Gradients against the naive twins' first, then the time and memory of each way, then all steps by the best."""
+    _tried(report, COMPARED, partial(_check_gradients, report))
+    found = {way.name: _tried(report, way.name, partial(_speed, report, way)) for way in WAYS}
+    seconds = {name: STEPS * median for name, median in found.items() if median is not None}
+    taken = f"extrapolated from {_measured(report)} steps"
+    if ours := [way for way in WAYS if way.name in seconds and way.name != PEER]:
+        quickest = min(ours, key=lambda way: seconds[way.name])
+        whole = _tried(report, WHOLE, partial(_whole, report, quickest, seconds[quickest.name]))
+        seconds = {name: value for name, value in seconds.items() if name in (quickest.name, PEER)}
+        if whole is not None:
+            seconds[quickest.name], taken = whole, f"{STEPS} steps run"
+    best(report, "the best of ours", f"seconds for {STEPS} steps", seconds, taken=taken)
+
+
+def _tried(report: Report, name: str, call: Callable[[], float | None]) -> float | None:
+    """What a call returns; what it raises, too little memory most likely, is its row, and ends no other."""
+    try:
+        return call()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+        (report.left_out if name == PEER else report.fault)(name, reason)
+    return None
 
 
 def _check_gradients(report: Report) -> None:
-    run = Run.begun(report.device, report.dtype, small=report.dry)
+    """On few frames: the naive twins hold 2n keys of each, without checkpointing; tiles are those of any number."""
+    reset_peak()
+    run = Run.begun(report.device, report.dtype, small=report.dry, frames=COMPARED_FRAMES)
     with deterministic():
         ours = run.gradients()
         with without_kernels():
             naive = run.gradients()
     wrong = float((ours - naive).square().mean().sqrt() / naive.square().mean().sqrt())
-    report.row("gradients against the naive twins'", error=wrong)
+    report.row(COMPARED, error=wrong, frames=COMPARED_FRAMES)
     if not wrong <= GRADIENT_ERROR[report.dtype]:
-        report.fault("gradients against the naive twins'", f"they differ by {wrong:.2g} in root mean squares")
+        report.fault(COMPARED, f"they differ by {wrong:.2g} in root mean squares")
 
 
-def _timed_steps(run: Run, dry: bool) -> tuple[list[float], list[float]]:
+@contextmanager
+def _begun(report: Report, way: Way) -> Iterator[Run]:
+    """A tuning that goes its way."""
+    reset_peak()
+    run = Run.begun(report.device, report.dtype, small=report.dry, checkpointing=way.checkpointing)
+    if way.last:
+        channels_last(run.sd)
+    with way.around(), deterministic():
+        yield run
+
+
+def _speed(report: Report, way: Way) -> float:
+    """A row → the median of a step's seconds."""
+    with _begun(report, way) as run:
+        times, losses = _timed_steps(run, WARM_UP if not report.dry else 1, _measured(report))
+    p10, median, p90 = np.percentile(times, [10, 50, 90])
+    figures = {"s a step": float(median), "p10 s": float(p10), "p90 s": float(p90), "steps": len(times)}
+    report.figures(way.name, figures | {"last loss": losses[-1], "peak GiB": peak_gib()})
+    return float(median)
+
+
+def _measured(report: Report) -> int:
+    return 2 if report.dry else MEASURED
+
+
+def _whole(report: Report, way: Way, expected: float) -> float | None:
+    """All steps from the first on, where they are expected to end in time → their seconds; a dry run takes a few."""
+    if expected > report.left():
+        report.left_out(WHOLE, f"some {expected:.0f} s, and {max(0.0, report.left()):.0f} s are left")
+        return None
+    steps = 3 if report.dry else STEPS
+    with _begun(report, way) as run:
+        times, losses = _timed_steps(run, 0, steps)
+    figures = {"seconds": sum(times), "steps": steps, "by": way.name, "last loss": losses[-1], "peak GiB": peak_gib()}
+    report.figures(WHOLE, figures)
+    return None if report.dry else sum(times)
+
+
+def _timed_steps(run: Run, warm_up: int, measured: int) -> tuple[list[float], list[float]]:
     """Seconds and losses; a step ends with its loss on the processor."""
-    warm_up, measured = (1, 2) if dry else (WARM_UP, MEASURED)
     losses = [run.step() for _ in range(warm_up)]
     times = []
     for _ in range(measured):

@@ -5,8 +5,10 @@ Run by hand, and committed; a server never tunes.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tav_opt.config import InputError
+from tav_opt.config import InputError, first_line
 from tav_opt.files import whole
 from tav_opt.kernels import flash_backward, naive, tiles
 from tav_opt.kernels import sparse_causal_backward as backward
@@ -23,7 +25,8 @@ from tav_opt.kernels.sparse_causal_kernel import launch, launch_with_lse
 from tav_opt.kernels.tiles import Row, Table, Tile
 
 FRAMES, HEADS, CLIPS = 24, 8, 2
-SHAPES = ((40, 4096), (80, 1024), (160, 256), (160, 64))  # head width and tokens: Stable Diffusion 1.5 at 512²
+SHAPES = ((40, 4096), (80, 1024), (160, 256), (160, 64))
+"""Head width and tokens: Stable Diffusion 1.5 at 512², what takes longest first."""
 CANDIDATES = {
     "forward": (
         Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 3),
@@ -58,6 +61,45 @@ class Trials(NamedTuple):
     ours: Callable[[Tile, Tile], Sequence[Tensor]]
     flash: Call
     truth: Sequence[Tensor]
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What times candidates, as long as there is time and the GPU answers, and says what fails or is not tried."""
+
+    milliseconds: Milliseconds
+    left: Callable[[], float] = lambda: math.inf
+    """Seconds in which another candidate may be begun."""
+    say: Callable[[str, str], None] = lambda name, reason: print(f"{name}: {reason}", file=sys.stderr)
+    lost: str = ""
+    """What the GPU's context was lost with; empty while it is there."""
+
+    def stopped(self) -> str:
+        """Why nothing more is begun; empty where it may be."""
+        if self.lost:
+            return f"the GPU's context was lost with {self.lost}"
+        return "" if self.left() > 0 else "the time is used up"
+
+
+class Measured(NamedTuple):
+    """What is known after a shape: its rows, either backward's milliseconds over all shapes so far, the choice."""
+
+    width: int
+    n: int
+    rows: Mapping[str, Row]
+    backward: Mapping[str, float]
+    faster: str
+
+
+def context_lost() -> bool:
+    """Whether the GPU answers this process no more, as after an illegal access: whatever comes later fails as well."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # of several kinds, by version
+        return True
+    return False
 
 
 def trials(width: int, n: int, device: str = "cuda") -> Trials:
@@ -99,43 +141,62 @@ def difference(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return torch.stack(shares).nan_to_num(torch.inf).max().item()
 
 
-def right_and_timed(name: str, run: Call, truth: Sequence[Tensor], milliseconds: Milliseconds) -> float:
-    """The time of what gives the truth; infinite, with the reason printed, for what does not compile, run or agree."""
+def right_and_timed(name: str, run: Call, truth: Sequence[Tensor], bench: Bench) -> float:
+    """The time of what gives the truth; infinite, with the reason said, for what does not compile, run or agree."""
     try:
         wrong = difference(run(), truth)
         if wrong < ALLOWED:
-            return milliseconds(run)
+            return bench.milliseconds(run)
         reason = f"wrong by {wrong:.1e}, {ALLOWED:.1e} is allowed"
     except Exception as refused:  # compilers and drivers refuse in many ways of their own
-        reason = f"{type(refused).__name__}: {str(refused).strip().splitlines()[:1]}"
-    print(f"{name}: {reason}", file=sys.stderr)
-    return float("inf")
+        reason = f"{type(refused).__name__}: {first_line(refused)[:200]}"
+        if context_lost():
+            bench.lost = name
+            reason += "; the GPU's context is lost with it"
+    bench.say(name, reason)
+    return math.inf
 
 
-def fastest(kernel: str, trial: Trial, candidates: Sequence[Tile], milliseconds: Milliseconds) -> tuple[Tile, str]:
-    """The fastest right tile and what was measured; raises InputError where none is right."""
-    times = {
-        tile: right_and_timed(f"{kernel} {tuple(tile)}", lambda tile=tile: trial.run(tile), trial.truth, milliseconds)  # type: ignore[misc]
-        for tile in candidates
-    }
+def fastest(name: str, trial: Trial, candidates: Sequence[Tile], bench: Bench) -> tuple[Tile, str]:
+    """The fastest right tile and what was measured; says what was not tried, raises InputError where none is right."""
+    times: dict[Tile, float] = {}
+    for tile in candidates:
+        if bench.stopped():
+            break
+        times[tile] = right_and_timed(f"{name} {tuple(tile)}", partial(trial.run, tile), trial.truth, bench)
+    if untried := [str(tuple(tile)) for tile in candidates if tile not in times]:
+        bench.say(name, f"not tried, since {bench.stopped()}: {', '.join(untried)}")
+    if min(times.values(), default=math.inf) == math.inf:
+        raise InputError(f"none of {len(times)} tiles is right here")
     tile = min(times, key=lambda tile: times[tile])
-    if times[tile] == float("inf"):
-        raise InputError(f"{kernel}: none of {len(times)} tiles is right here")
-    return tile, f"the fastest of {len(times)}, {times[tile]:.3f} ms at f = {FRAMES}"
+    tried = f"{len(times)} tried of {len(candidates)}" if untried else f"{len(times)}"
+    return tile, f"the fastest of {tried}, {times[tile]:.3f} ms at f = {FRAMES}"
 
 
-def rows(arch: int, width: int, n: int, card: str, tried: Trials, milliseconds: Milliseconds) -> dict[str, Row]:
+def rows(arch: int, width: int, n: int, card: str, tried: Trials, bench: Bench) -> dict[str, Row]:
     """The measured row for one shape of each kernel that ran; they hold for frames of n tokens or more."""
     found = {}
     for kernel, trial in tried.kernels.items():
+        name = f"width {width}, n {n}: {kernel}"
         fitting = [tile for tile in CANDIDATES[kernel] if max(tile.queries, tile.keys) <= max(64, n)]
         try:
-            tile, measured = fastest(kernel, trial, fitting, milliseconds)
+            tile, measured = fastest(name, trial, fitting, bench)
         except InputError as none:
-            print(f"width {width}, n {n}: {none}", file=sys.stderr)
+            bench.say(name, str(none))
             continue
         found[kernel] = Row(arch, width, n, tile, f"{measured} on {card}")
     return found
+
+
+def backwards(arch: int, width: int, n: int, new: Mapping[str, Row], tried: Trials, bench: Bench) -> dict[str, float]:
+    """Milliseconds of both backwards on one shape, ours with the best tiles known; none once the context is lost."""
+    known = dict(zip(tiles.KERNELS[1:], tiles.backward_tiles(arch, n, width, itemsize=2), strict=True))
+    best = [new[kernel].tile if kernel in new else tile for kernel, tile in known.items()]
+    found, ways = {}, dict[str, Call]({"triton": partial(tried.ours, *best), "flash": tried.flash})
+    for name, run in ways.items():
+        if not bench.lost:
+            found[name] = right_and_timed(f"width {width}, n {n}: backward {name}", run, tried.truth, bench)
+    return {} if bench.lost else found
 
 
 def replaced(table: Table, new: Mapping[str, Row]) -> Table:
@@ -154,26 +215,29 @@ def write(table: Table, path: Path = tiles.PATH) -> None:
 
 
 def tune(
-    shapes: Sequence[tuple[int, int]], device: str, card: str, milliseconds: Milliseconds, path: Path = tiles.PATH
-) -> Table:
-    """Measures every shape, head width and tokens, and writes the table after each: what fails later loses nothing."""
+    shapes: Sequence[tuple[int, int]], device: str, card: str, bench: Bench, path: Path = tiles.PATH
+) -> Iterator[Measured]:
+    """Measures every shape, head width and tokens, the most important first, while the bench has not stopped.
+
+    After each the table is written, with the backward that is faster so far: what fails later loses nothing.
+    """
     arch = tiles.architecture(torch.empty(0, device=device))
-    table, total = tiles.TABLE, dict.fromkeys(tiles.BACKWARDS, 0.0)
+    table, faster = tiles.TABLE, tiles.backward_of(arch)
+    total = dict.fromkeys(tiles.BACKWARDS, 0.0)
     for width, n in shapes:
+        if why := bench.stopped():
+            bench.say(f"width {width}, n {n}", f"not tried, since {why}")
+            continue
         tried = trials(width, n, device)
-        new = rows(arch, width, n, card, tried, milliseconds)
-        known = dict(zip(tiles.KERNELS[1:], tiles.backward_tiles(arch, n, width, itemsize=2), strict=True))
-        best = [new[kernel].tile if kernel in new else tile for kernel, tile in known.items()]
-        for name, run in {"triton": lambda: tried.ours(*best), "flash": tried.flash}.items():  # noqa: B023
-            total[name] += right_and_timed(f"backward {name}", run, tried.truth, milliseconds)
+        new = rows(arch, width, n, card, tried, bench)
         table = replaced(table, new)
+        for name, time in backwards(arch, width, n, new, tried, bench).items():
+            total[name] += time
+        if 0 < min(total.values()) < math.inf:
+            faster = min(total, key=lambda name: total[name])
+            table = table._replace(backward={**table.backward, arch: faster})
         write(table, path)
-        print(*new.values(), sep="\n")
-    chosen = min(total, key=lambda name: total[name])
-    print(*(f"backward {name}: {time:.3f} ms over all shapes" for name, time in total.items()), sep="\n")
-    table = table._replace(backward={**table.backward, arch: chosen})
-    write(table, path)
-    return table
+        yield Measured(width, n, new, dict(total), faster)
 
 
 def main() -> int:
@@ -182,7 +246,10 @@ def main() -> int:
         print("autotune: needs a CUDA GPU", file=sys.stderr)
         return 2
     median = partial(triton.testing.do_bench, return_mode="median")
-    tune(SHAPES, "cuda", torch.cuda.get_device_name(), median)
+    for shape in tune(SHAPES, "cuda", torch.cuda.get_device_name(), Bench(milliseconds=median)):
+        print(*shape.rows.values(), sep="\n")
+        times = ", ".join(f"{name} {time:.3f} ms" for name, time in shape.backward.items())
+        print(f"backward over all shapes so far: {times}: {shape.faster}")
     return 0
 
 
