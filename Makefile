@@ -20,8 +20,8 @@ COMPUTING := $(addprefix tests/test_,engines.py kernels.py schedules.py gateway.
   whole_edit.py kernels_backward.py kernels_backward_compiled.py gpu_run.py presets.py solvers.py group_norm.py \
   group_norm_interpreted.py single_file.py additions.py personalise.py refined_inversion.py suite_run.py conditions.py \
   controlled_edit.py long_clips.py added_graphs.py)
-WAITING := $(addprefix tests/test_,docs.py supervision.py faults.py load.py serving.py serving_files.py operating.py train.py \
-  app.py app_browser.py api.py api_jobs.py api_fuzz.py served_control.py served_long.py)
+WAITING := $(addprefix tests/test_,docs.py supervision.py faults.py load.py serving.py serving_files.py operating.py \
+  app_browser.py api.py api_jobs.py api_fuzz.py)
 COMMON := $(CURDIR)/.venv/common
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 TAV_OPT_TESTS_COMMON=$(COMMON) $(BIN)/python -m pytest
 .PHONY: test-computing test-waiting test-others

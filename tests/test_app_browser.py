@@ -105,7 +105,8 @@ def test_an_edit_with_previews_is_the_servers_own_and_can_be_saved(browser, url,
     assert tab.page.evaluate("document.querySelector('.tav-player').style.getPropertyValue('--wipe')") == "49%"
     tab.page.click(".tav-play")
     tab.wait("[...document.querySelectorAll('#stage video')].every(v => v.paused)")
-    tab.wait("new Set([...document.querySelectorAll('#stage video')].map(v => v.currentTime.toFixed(1))).size == 1")
+    times = "[...document.querySelectorAll('#stage video')].map(v => v.currentTime)"
+    tab.wait(f"Math.max(...{times}) - Math.min(...{times}) <= 0.05")  # a frame, as the page has it
     tab.close()
 
 
