@@ -179,16 +179,15 @@ def test_an_edit_of_a_larger_batch_promises_what_it_adds_to_it(tmp_path):
     engine = Rows()
     engine.extra_bytes = lambda prompts, **_: (4 + prompts) * GIB  # type: ignore[method-assign]
     memory = Memory(lambda: 11 * GIB, tmp_path, "0")
-    ours, seen = editor(engine, memory=memory), []
+    ours = editor(engine, memory=memory)
     let = threading.Event()
     engine.hold = lambda: let.wait(60)
     with ThreadPoolExecutor(2) as pool:
-        for _ in range(2):
+        for edits, left in (1, 6), (2, 1):
             run(pool, ours)
-            until(lambda: ours.batches.prompts(engine) == len(seen) + 1)
-            seen.append(memory.free() // GIB)
+            until(lambda left=left: memory.free() // GIB == left)  # promised once it has joined the batch
+            assert ours.batches.prompts(engine) == edits
         let.set()
-    assert seen == [6, 1]
 
 
 def test_threads_promise_in_files_of_their_own(tmp_path):
