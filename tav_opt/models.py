@@ -55,17 +55,17 @@ class StableDiffusion:
         told of attention control it answers with one channel more, where the blend words look.
         """
         told = {"text": text} if isinstance(text, Tensor) else text
-        return single(self.unet(latents, timestep_rows(timestep, latents), **arguments(told)))
+        return at_least_float32(self.unet(latents, timestep_rows(timestep, latents), **arguments(told)))
 
     @torch.no_grad()
     def predict_with_features(self, latents: Tensor, timestep: Timestep, text: Tensor) -> tuple[Tensor, Tensor]:
         """As `predict`, and the features (b,f,c',h,w) that came to the outermost layers; told of them as `features`,
         `predict` runs those alone."""
         noise, features = self.unet(latents, timestep_rows(timestep, latents), text, gives_features=True)
-        return single(noise), features
+        return at_least_float32(noise), features
 
 
-def single(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """In float32 at least, as the loop has its latents: what fifty steps add up is not rounded at each."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -165,7 +165,7 @@ def _loaded(
     if halves := [name for name in halves if weights.is_half(name)]:
         _log.warning("model %s has weights of half precision only: %s", base.path, ", ".join(halves))
     image = ImageModel.load(base)
-    upsampling.double(image.vae)
+    upsampling.fuse(image.vae)
     return StableDiffusion(
         base=base,
         unet=placed(unet(base, image), device, dtype),
@@ -200,7 +200,7 @@ def encode_prompt(sd: StableDiffusion, prompts: str | Sequence[str]) -> Tensor:
 def encode_video(
     sd: StableDiffusion, frames: np.ndarray, *, batch: int = 8, generator: torch.Generator | None = None
 ) -> Tensor:
-    """uint8 frames (f, H, W, 3) → scaled latents (1, c, f, h, w) as `single` has them, `batch` frames at a time.
+    """uint8 frames (f, H, W, 3) → scaled latents (1, c, f, h, w) in float32 at least, `batch` frames at a time.
 
     The mean of the VAE's posterior; with a generator, a sample of it as the reference takes. Raises InputError when
     the size is not a multiple of the VAE's factor.
@@ -209,7 +209,7 @@ def encode_video(
     parts = [to_unit(frames[first : first + batch]) for first in range(0, len(frames), batch)]
     posteriors = [sd.vae.encode(part.to(sd.vae.device, sd.vae.dtype)).latent_dist for part in parts]
     latents = torch.cat([p.mean if generator is None else p.sample(generator) for p in posteriors])
-    return (single(latents) * sd.vae.config.scaling_factor).transpose(0, 1)[None]  # f c h w → 1 c f h w
+    return (at_least_float32(latents) * sd.vae.config.scaling_factor).transpose(0, 1)[None]  # f c h w → 1 c f h w
 
 
 @torch.no_grad()

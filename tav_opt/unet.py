@@ -174,7 +174,7 @@ def inflate(unet: UNet2DConditionModel) -> VideoUNet:
             module.norm.__class__ = FrameGroupNorm
         elif isinstance(module, GEGLU):
             module.__class__ = VideoGEGLU
-    upsampling.double(unet)
+    upsampling.fuse(unet)
     unet.conv_norm_out.__class__ = ClipGroupNorm
     unet.__class__ = VideoUNet
     return cast(VideoUNet, unet)

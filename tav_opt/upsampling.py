@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 
-class DoublingUpsample(Upsample2D):
+class FusedUpsample(Upsample2D):
     """diffusers' upsampling by two, whatever the batch; its parameters are those of the convolution, as they were.
 
     diffusers looks at the size of the batch here, for a kernel that large ones once broke; an exported graph would hold
@@ -38,8 +38,8 @@ def _doubled(weight: Tensor, axis: int) -> Tensor:
     return torch.stack([last, middle + last, first + middle, first], axis)
 
 
-def double(module: nn.Module) -> None:
-    """Swaps the upsampling of a network, in place."""
-    for part in module.modules():
-        if type(part) is Upsample2D:
-            part.__class__ = DoublingUpsample
+def fuse(network: nn.Module) -> None:
+    """Swaps the upsampling of a network, where a convolution follows it, in place."""
+    for module in network.modules():
+        if type(module) is Upsample2D and isinstance(getattr(module, "conv", None), nn.Conv2d):
+            module.__class__ = FusedUpsample

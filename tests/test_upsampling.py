@@ -7,7 +7,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from tav_opt.upsampling import DoublingUpsample, double
+from tav_opt.upsampling import FusedUpsample, fuse
 
 
 def pair(channels: int = 6, out: int = 10, **settings: object) -> tuple[Upsample2D, Upsample2D]:
@@ -16,8 +16,8 @@ def pair(channels: int = 6, out: int = 10, **settings: object) -> tuple[Upsample
     theirs = Upsample2D(channels, use_conv=True, out_channels=out, **settings).double()
     ours = Upsample2D(channels, use_conv=True, out_channels=out, **settings).double()
     ours.load_state_dict(theirs.state_dict())
-    double(ours)
-    assert type(ours) is DoublingUpsample
+    fuse(ours)
+    assert type(ours) is FusedUpsample
     return theirs, ours
 
 
@@ -58,6 +58,13 @@ def test_a_layer_around_the_convolution_is_called():
     ours.conv = Around(ours.conv)
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x) + 1, rtol=1e-10, atol=1e-10)
+
+
+def test_upsampling_without_a_convolution_behind_it_stays_diffusers():
+    for settings in ({}, {"use_conv_transpose": True}):
+        module = Upsample2D(6, **settings)
+        fuse(module)
+        assert type(module) is Upsample2D
 
 
 @pytest.mark.parametrize("kernel, padding", [(1, 0), (5, 2)])

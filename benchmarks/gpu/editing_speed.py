@@ -31,7 +31,7 @@ from tav_opt.engines.cuda_graph import Replayed
 from tav_opt.engines.pytorch import TorchEngine
 from tav_opt.kernels import naive
 from tav_opt.models import StableDiffusion, encode_prompt
-from tav_opt.upsampling import DoublingUpsample
+from tav_opt.upsampling import FusedUpsample
 
 T = TypeVar("T")
 PEER = "concatenation + SDPA"
@@ -140,7 +140,7 @@ def within(context: Callable[[], AbstractContextManager[None]], predict: Predict
 @contextmanager
 def upsampled_first() -> Iterator[None]:
     """Upsampling as diffusers does it, before its convolution."""
-    with patch.object(DoublingUpsample, "is_transposed", lambda _: False):
+    with patch.object(FusedUpsample, "is_transposed", lambda _: False):
         yield
 
 

@@ -176,8 +176,8 @@ def engine_on(
     return TorchEngine(
         sd=sd,
         info=tuned.info,
-        source_latents=models.single(tuned.source_latents.to(device)),
-        inverted_latents=models.single(tuned.inverted_latents.to(device)),
+        source_latents=models.at_least_float32(tuned.source_latents.to(device)),
+        inverted_latents=models.at_least_float32(tuned.inverted_latents.to(device)),
         sound=tuned.sound,
         source=source,
         networks=networks,
