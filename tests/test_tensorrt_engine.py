@@ -9,7 +9,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -228,3 +230,44 @@ def test_engines_are_opened_on_their_own_device(version: Path, monkeypatch: pyte
     (base,) = version.glob("base/*")
     tensorrt.TensorRtGraphs(base, library(), CARD, CPU, on_current)
     assert opened == [[CPU]] * 5
+
+
+def test_a_refit_gives_every_engine_a_clips_values_once_and_a_failed_one_leaves_nobodys() -> None:
+    """And waits for what runs, on the engine's own device, before recorded launches are forgotten."""
+    seen: list[object] = []
+    known = {"scale", "shift"}
+
+    class Refitter:
+        def __init__(self, engine: str, _logger: object) -> None:
+            seen.append(engine)
+
+        def set_named_weights(self, name: str, weights: np.ndarray) -> bool:
+            seen.append((name, weights.dtype, weights.tolist()))
+            return name in known
+
+        def refit_cuda_engine(self) -> bool:
+            return True
+
+    class Logger:
+        ERROR = 0
+
+        def __init__(self, _severity: int) -> None:
+            pass
+
+    trt = SimpleNamespace(Refitter=Refitter, Weights=lambda array: array, Logger=Logger)
+    engines = [
+        SimpleNamespace(
+            engine=name, device=CPU, wait=lambda: seen.append("wait"), forget_graph=lambda: seen.append("forget")
+        )
+        for name in ("one", "two")
+    ]
+    values = tensorrt.RefittedValues(replace(library("tensorrt"), trt=trt), engines)  # type: ignore[arg-type]
+    scale = ("scale", np.float16, [2.0])
+    for _ in range(2):
+        values.hold("first", {"scale": torch.tensor([2.0])})
+        assert seen == ["wait", "one", scale, "forget", "wait", "two", scale, "forget"]
+    with pytest.raises(RuntimeError, match="no weights 'other'"):
+        values.hold("second", {"other": torch.tensor([1.0])})
+    seen.clear()
+    values.hold("first", {"scale": torch.tensor([2.0])})
+    assert len(seen) == 8, "put in again"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class FixedEngine:
         if self._context is None:  # what the vendor's library answers where its working memory cannot be had
             need = engine.device_memory_size_v2 / 2**30
             raise InputError(f"TensorRT cannot have the {need:.1f} GiB that an engine works in: the GPU has less free")
-        self._device = device
+        self.device = device
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         buffers = {name: shared[name] if name in shared else self._empty(name) for name in names}
         for name, buffer in buffers.items():
@@ -68,7 +69,7 @@ class FixedEngine:
 
     def _empty(self, name: str) -> Tensor:
         shape = tuple(self.engine.get_tensor_shape(name))
-        return torch.empty(shape, dtype=_DTYPES[self.engine.get_tensor_dtype(name).name], device=self._device)
+        return torch.empty(shape, dtype=_DTYPES[self.engine.get_tensor_dtype(name).name], device=self.device)
 
     @property
     def rows(self) -> int:
@@ -80,16 +81,16 @@ class FixedEngine:
         return self._replayed(inputs)
 
     def _launch(self) -> dict[str, Tensor]:
-        on_gpu = self._device.type == "cuda"
-        stream = torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
         if not self._context.execute_async_v3(stream):
             raise RuntimeError("the engine did not run: the vendor's log has the reason")
         return self._outputs
 
     def wait(self) -> None:
         """Until nothing that was launched is at work any more."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def forget_graph(self) -> None:
         """After other weights were put in."""
@@ -153,19 +154,23 @@ class RefittedValues:
     def hold(self, clip: object, values: Mapping[str, Tensor]) -> None:
         if self._clip is clip:
             return
-        trt = self._library.trt
         self._clip = None  # a refit that fails half-way leaves nobody's values
+        arrays = {name: value.cpu().half().numpy() for name, value in values.items()}
         for fixed in self._engines:
             fixed.wait()  # weights that a launch reads are not to change under it
-            refitter = trt.Refitter(fixed.engine, trt.Logger(trt.Logger.ERROR))
-            arrays = {name: value.cpu().half().numpy() for name, value in values.items()}
-            for name, array in arrays.items():
-                if not refitter.set_named_weights(name, trt.Weights(array)):
-                    raise RuntimeError(f"the engine has no weights {name!r} to refit")
-            if not refitter.refit_cuda_engine():
-                raise RuntimeError(f"refit failed; missing: {refitter.get_missing_weights()}")
+            with current(fixed.device):
+                self._refit(fixed.engine, arrays)
             fixed.forget_graph()
         self._clip = clip
+
+    def _refit(self, engine: Any, arrays: Mapping[str, np.ndarray]) -> None:
+        trt = self._library.trt
+        refitter = trt.Refitter(engine, trt.Logger(trt.Logger.ERROR))
+        for name, array in arrays.items():
+            if not refitter.set_named_weights(name, trt.Weights(array)):
+                raise RuntimeError(f"the engine has no weights {name!r} to refit")
+        if not refitter.refit_cuda_engine():
+            raise RuntimeError(f"refit failed; missing: {refitter.get_missing_weights()}")
 
 
 class TensorRtGraphs:
@@ -216,7 +221,8 @@ class TensorRtGraphs:
         """The engines for a GPU of this machine, of whichever library has some."""
         library, card = _fitting(base, device)
         with current(device):
-            return cls(base, library, card, device, deserializer(library))
+            deserialize = deserializer(library)
+        return cls(base, library, card, device, deserialize)
 
     def of_clip(self, values: Mapping[str, Tensor]) -> tuple[Mapping[str, Call], int]:
         """The values stay on the device, in fp16."""
